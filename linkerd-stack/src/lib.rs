@@ -4,6 +4,7 @@
 //! `tokio::time` and randomness from values handed in, or from the thread's generator where only spread matters.
 
 pub mod backoff;
+pub mod balance;
 mod boxed;
 pub mod drain;
 pub mod io;
