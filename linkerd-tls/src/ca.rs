@@ -390,7 +390,7 @@ pub(crate) mod tests {
         let leaf = issuer.issue(&id).unwrap();
         let (from, to) = leaf.validity().unwrap();
         assert_eq!(to.duration_since(from).unwrap(), LEAF_LIFETIME + 2 * CLOCK_SKEW);
-        assert_eq!(leaf.ids().unwrap(), [id.clone()]);
+        assert_eq!(leaf.ids().unwrap(), std::slice::from_ref(&id));
         assert_eq!(leaf.intermediates.len(), 1);
         let issuer = issuer.with_lifetime(ISSUER_LIFETIME * 2);
         let expiry = issuer.expiry();

@@ -65,7 +65,7 @@ impl Error {
                 CertificateError::NotValidYetContext { time, not_before } => {
                     Invalid::NotYetValid(Duration::from_secs(not_before.as_secs().saturating_sub(time.as_secs())))
                 }
-                CertificateError::UnknownIssuer => Invalid::Untrusted,
+                CertificateError::UnknownIssuer | CertificateError::BadSignature => Invalid::Untrusted,
                 reason => Invalid::Chain(format!("{reason:?}")),
             });
         }

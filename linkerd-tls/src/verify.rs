@@ -217,7 +217,8 @@ fn invalid(error: webpki::Error) -> Invalid {
     match error {
         E::CertExpired { time, not_after } => Invalid::Expired(apart(time, not_after)),
         E::CertNotValidYet { time, not_before } => Invalid::NotYetValid(apart(not_before, time)),
-        E::UnknownIssuer => Invalid::Untrusted,
+        // An authority of the right name with another key: made anew, or of another mesh.
+        E::UnknownIssuer | E::InvalidSignatureForPublicKey => Invalid::Untrusted,
         E::BadDer | E::BadDerTime | E::TrailingData(_) => Invalid::Malformed(error.to_string()),
         other => Invalid::Chain(other.to_string()),
     }
