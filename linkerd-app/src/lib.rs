@@ -2,4 +2,6 @@
 
 pub mod config;
 pub mod error;
+pub mod http;
 pub mod policy;
+pub mod transport;
