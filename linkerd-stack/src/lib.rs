@@ -6,6 +6,7 @@
 pub mod backoff;
 pub mod balance;
 mod boxed;
+pub mod breaker;
 pub mod drain;
 pub mod io;
 mod new_service;
