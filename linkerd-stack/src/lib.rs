@@ -6,6 +6,7 @@
 pub mod backoff;
 mod boxed;
 pub mod drain;
+pub mod http;
 pub mod io;
 mod new_service;
 mod param;
