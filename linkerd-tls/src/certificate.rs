@@ -49,6 +49,15 @@ impl Certificate {
         validity(&self.leaf)
     }
 
+    /// Whether the leaf is no leaf but an authority (basicConstraints CA).
+    ///
+    /// # Errors
+    /// When it is no certificate.
+    pub fn is_authority(&self) -> Result<bool, Invalid> {
+        let (_, certificate) = X509Certificate::from_der(&self.leaf).map_err(|e| Invalid::Malformed(e.to_string()))?;
+        Ok(certificate.is_ca())
+    }
+
     /// Names in the leaf that can be identities, in order.
     ///
     /// # Errors
@@ -59,7 +68,10 @@ impl Certificate {
 }
 
 /// Every certificate of a PEM text, in order, as DER.
-pub(crate) fn chain_from_pem(pem: &str) -> Result<Vec<Vec<u8>>, Invalid> {
+///
+/// # Errors
+/// When there is none, or one is malformed.
+pub fn chain_from_pem(pem: &str) -> Result<Vec<Vec<u8>>, Invalid> {
     let chain = CertificateDer::pem_slice_iter(pem.as_bytes())
         .take(MAX_CHAIN)
         .map(|block| block.map(|der| der.to_vec()).map_err(|e| Invalid::Malformed(format!("{e:?}"))))

@@ -3,6 +3,7 @@
 
 use crate::{Id, Key, error::Invalid, key::Signer};
 use rcgen::{CertificateParams, DistinguishedName, DnType, SanType};
+use x509_parser::{certification_request::X509CertificationRequest, extensions::ParsedExtension, prelude::FromDer};
 
 /// Makes a new ECDSA P-256 key, the kind that every peer verifies.
 ///
@@ -23,6 +24,28 @@ pub fn csr_der(key: &Key, id: &Id) -> Result<Vec<u8>, Invalid> {
     Ok(request.der().to_vec())
 }
 
+/// Checks a request that someone else made: it is for this key and for this identity alone.
+///
+/// # Errors
+/// When request or key are malformed, do not belong together, or the request is for other names.
+pub fn check(csr_der: &[u8], key: &Key, id: &Id) -> Result<(), Invalid> {
+    let (_, request) = X509CertificationRequest::from_der(csr_der).map_err(|e| Invalid::Request(e.to_string()))?;
+    let subject = request.certification_request_info.subject_pki.raw;
+    if subject != rcgen::PublicKeyData::subject_public_key_info(&key.signer()?) {
+        return Err(Invalid::KeyMismatch);
+    }
+    let names = request.requested_extensions().into_iter().flatten().find_map(|extension| match extension {
+        ParsedExtension::SubjectAlternativeName(names) => Some(crate::verify::names(&names.general_names)),
+        _ => None,
+    });
+    let found = names.unwrap_or_default();
+    if found.as_slice() == std::slice::from_ref(id) {
+        Ok(())
+    } else {
+        Err(Invalid::Id { expected: id.clone(), found: found.into() })
+    }
+}
+
 /// What request and leaf have in common: the name, as CN and as the only subject alternative name. URIs are too long
 /// for a CN (64 bytes, RFC 5280 appendix A.1), so those stand in the alternative name alone.
 pub(crate) fn params(id: &Id) -> Result<CertificateParams, Invalid> {
@@ -41,7 +64,6 @@ pub(crate) fn params(id: &Id) -> Result<CertificateParams, Invalid> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use x509_parser::{certification_request::X509CertificationRequest, extensions::ParsedExtension, prelude::FromDer};
 
     #[test]
     fn requests_hold_what_the_controller_checks() {

@@ -5,7 +5,7 @@
 //! anchors as they are renewed, and its reading end, which every listener and client clones and shakes hands with.
 
 pub mod ca;
-mod certificate;
+pub mod certificate;
 pub mod csr;
 pub mod detect;
 mod error;

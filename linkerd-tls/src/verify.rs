@@ -188,12 +188,17 @@ pub(crate) fn ids(leaf: &[u8]) -> Result<Vec<Id>, Invalid> {
     let Some(names) = certificate.subject_alternative_name().map_err(|e| malformed(&e))? else {
         return Ok(Vec::new());
     };
+    Ok(self::names(&names.value.general_names))
+}
+
+/// Alternative names that are identities.
+pub(crate) fn names(names: &[GeneralName<'_>]) -> Vec<Id> {
     let id = |name: &GeneralName<'_>| match name {
         GeneralName::DNSName(name) => name.parse().ok().filter(|id: &Id| !id.is_uri()),
         GeneralName::URI(name) => name.parse().ok().filter(Id::is_uri),
         _ => None,
     };
-    Ok(names.value.general_names.iter().filter_map(id).collect())
+    names.iter().filter_map(id).collect()
 }
 
 /// The reason for a peer, in the form that chooses the right TLS alert.
