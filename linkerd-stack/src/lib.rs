@@ -7,6 +7,7 @@ pub mod backoff;
 pub mod balance;
 mod boxed;
 pub mod breaker;
+pub mod budget;
 pub mod copy;
 pub mod detect;
 pub mod drain;
@@ -15,6 +16,7 @@ mod new_service;
 mod param;
 pub mod ready;
 mod scratch;
+mod slots;
 #[cfg(target_os = "linux")]
 mod splice;
 
