@@ -8,6 +8,7 @@ pub mod balance;
 mod boxed;
 pub mod breaker;
 pub mod budget;
+pub mod cache;
 pub mod copy;
 pub mod detect;
 pub mod drain;
