@@ -16,6 +16,7 @@ pub mod io;
 mod new_service;
 mod param;
 pub mod ready;
+pub mod replay;
 mod scratch;
 mod slots;
 #[cfg(target_os = "linux")]
