@@ -15,6 +15,7 @@ pub mod drain;
 pub mod io;
 mod new_service;
 mod param;
+pub mod rate;
 pub mod ready;
 pub mod replay;
 mod scratch;
