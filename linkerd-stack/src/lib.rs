@@ -13,6 +13,7 @@ pub mod copy;
 pub mod detect;
 pub mod drain;
 pub mod io;
+pub mod limit;
 mod new_service;
 mod param;
 pub mod rate;
