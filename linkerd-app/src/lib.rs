@@ -5,5 +5,6 @@ pub mod error;
 pub mod http;
 pub mod identity;
 pub mod policy;
+pub mod redirect;
 pub mod telemetry;
 pub mod transport;
