@@ -12,6 +12,7 @@ pub mod cache;
 pub mod copy;
 pub mod detect;
 pub mod drain;
+pub mod http;
 pub mod io;
 pub mod limit;
 mod new_service;
