@@ -4,12 +4,19 @@
 //! `tokio::time` and randomness from values handed in, or from the thread's generator where only spread matters.
 
 pub mod backoff;
+pub mod balance;
 mod boxed;
+pub mod breaker;
+pub mod copy;
+pub mod detect;
 pub mod drain;
 pub mod io;
 mod new_service;
 mod param;
 pub mod ready;
+mod scratch;
+#[cfg(target_os = "linux")]
+mod splice;
 
 pub use self::{
     boxed::{BoxFuture, BoxService},
