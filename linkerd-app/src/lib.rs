@@ -3,5 +3,6 @@
 pub mod config;
 pub mod error;
 pub mod http;
+pub mod identity;
 pub mod policy;
 pub mod transport;
