@@ -5,4 +5,5 @@ pub mod error;
 pub mod http;
 pub mod identity;
 pub mod policy;
+pub mod telemetry;
 pub mod transport;
