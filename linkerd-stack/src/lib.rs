@@ -10,6 +10,7 @@ pub mod breaker;
 pub mod copy;
 pub mod detect;
 pub mod drain;
+pub mod http;
 pub mod io;
 mod new_service;
 mod param;
