@@ -129,7 +129,7 @@ pub(crate) struct Await {
     pub(crate) shutdown: bool,
     /// The command.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "CMD")]
-    pub(crate) command: Vec<String>,
+    pub(crate) command: Vec<std::ffi::OsString>,
 }
 
 #[derive(Debug, Args)]

@@ -20,8 +20,11 @@ const CLIENT_ID: &str = "client.shop.serviceaccount.identity.linkerd.cluster.loc
 async fn pair(test: &str) -> Option<(World, Pod, Pod)> {
     let mut world = World::new(test)?;
     let client = world.meshed("client", &[], &[]);
-    let server =
-        world.meshed("server", &[("http", 8080), ("tcp", 9000), ("mail", 9025)], &[("config.linkerd.io/opaque-ports", "9025")]);
+    let server = world.meshed(
+        "server",
+        &[("http", 8080), ("tcp", 9000), ("mail", 9025)],
+        &[("config.linkerd.io/opaque-ports", "9025")],
+    );
     world.manifest(
         "web",
         &service(
@@ -98,7 +101,8 @@ async fn websocket_upgrades_to_a_byte_stream() {
     let Some((_world, client, server)) = pair("websocket").await else { return };
     let _app = apps::http(&server, 8080, "server");
     let mut send = apps::http1(&client, web(80)).await;
-    let req = Request::get("/chat").header("host", "web.shop").header("connection", "Upgrade").header("upgrade", "websocket");
+    let req =
+        Request::get("/chat").header("host", "web.shop").header("connection", "Upgrade").header("upgrade", "websocket");
     let rsp = send.send_request(req.body(Full::default()).unwrap()).await.unwrap();
     assert_eq!(rsp.status(), StatusCode::SWITCHING_PROTOCOLS);
     let mut io = TokioIo::new(hyper::upgrade::on(rsp).await.unwrap());

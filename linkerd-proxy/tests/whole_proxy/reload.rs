@@ -94,7 +94,8 @@ async fn a_bad_change_keeps_the_last_good_state_and_says_why() {
     world.manifest("route", &route("nowhere"));
     world
         .eventually("a good change heals it", async || {
-            apps::get(&client, SocketAddr::from(WEB), "/", &[]).await.unwrap().status == StatusCode::INTERNAL_SERVER_ERROR
+            apps::get(&client, SocketAddr::from(WEB), "/", &[]).await.unwrap().status
+                == StatusCode::INTERNAL_SERVER_ERROR
         })
         .await;
     assert_eq!(world.metric("client", "manifests_errors", &[]).await, 0.0);

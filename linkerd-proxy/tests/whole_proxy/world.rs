@@ -64,7 +64,8 @@ impl World {
         for (key, value) in annotations {
             writeln!(yaml, "    {key}: {value:?}").expect("a string");
         }
-        write!(yaml, "spec:\n  serviceAccountName: {name}\n  containers:\n  - name: app\n    ports:\n").expect("a string");
+        write!(yaml, "spec:\n  serviceAccountName: {name}\n  containers:\n  - name: app\n    ports:\n")
+            .expect("a string");
         for (port_name, port) in ports {
             writeln!(yaml, "    - {{name: {port_name}, containerPort: {port}}}").expect("a string");
         }
@@ -140,7 +141,8 @@ impl World {
     /// One request to a proxy's admin port from inside its pod.
     pub async fn admin(&self, name: &str, method: &str, path: &str) -> std::io::Result<(u16, String)> {
         let mut io = self.pods[name].connect(([127, 0, 0, 1], 4191).into()).await?;
-        io.write_all(format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").as_bytes()).await?;
+        io.write_all(format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").as_bytes())
+            .await?;
         let mut text = String::new();
         io.read_to_string(&mut text).await?;
         let status = text.get(9..12).and_then(|s| s.parse().ok()).unwrap_or(0);
