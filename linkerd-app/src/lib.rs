@@ -1,7 +1,9 @@
 //! The proxy: configuration, policy, its two sources, inbound, outbound, admin. The only place where stages are joined.
 
+pub mod await_ready;
 pub mod config;
 pub mod error;
 pub mod identity;
 pub mod policy;
 pub mod redirect;
+pub mod validate;
