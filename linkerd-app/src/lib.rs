@@ -2,5 +2,7 @@
 
 pub mod config;
 pub mod error;
+pub mod identity;
 pub mod policy;
+pub mod redirect;
 pub mod telemetry;

@@ -7,6 +7,7 @@ pub mod backoff;
 pub mod balance;
 mod boxed;
 pub mod drain;
+pub mod http;
 pub mod io;
 mod new_service;
 mod param;

@@ -159,9 +159,9 @@ fn check_page(page: &str) {
                 assert!(value.parse::<f64>().is_ok(), "{line}");
                 assert!(seen.insert(series), "twice: {line}");
                 let (name, labels) = series.split_once('{').unwrap_or((series, "}"));
-                let known = ["", "_total", "_bucket", "_sum", "_count"].iter().any(|suffix| {
-                    name.strip_suffix(suffix).is_some_and(|family| kinds.contains_key(family))
-                });
+                let known = ["", "_total", "_bucket", "_sum", "_count"]
+                    .iter()
+                    .any(|suffix| name.strip_suffix(suffix).is_some_and(|family| kinds.contains_key(family)));
                 assert!(known, "no TYPE before {line}");
                 let labels = labels.strip_suffix('}').unwrap();
                 let mut names = BTreeSet::new();
