@@ -11,14 +11,14 @@
 //! The flag of [`Breaker::ready`] is up in Closed and Probation. A response in Closed costs a few relaxed atomic
 //! operations; only changes of state take the breaker's lock.
 
-use crate::{backoff::Backoff, ready::Ready};
+use crate::{backoff::Backoff, ready::Ready, slots::Slots};
 use parking_lot::Mutex;
 use std::{
     fmt,
     sync::{
         Arc, Weak,
         atomic::{
-            AtomicI64, AtomicU32, AtomicU64,
+            AtomicU32, AtomicU64,
             Ordering::{Relaxed, SeqCst},
         },
     },
@@ -34,9 +34,6 @@ pub const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
 /// time, or the longest backoff if that is more, another probe is admitted beside it, so that there is always a way
 /// back into service.
 pub const MIN_PROBE_TIME: Duration = Duration::from_secs(10);
-
-/// Parts into which a window is divided (behaviour.md D.10). Responses are forgotten one part at a time.
-const BUCKETS: usize = 10;
 
 /// Success rates are compared in steps of 0.01 % (behaviour.md D.10).
 const RATE_STEPS: f64 = 10_000.0;
@@ -235,7 +232,7 @@ impl Breaker {
             slow.cancel();
             self.failures.store(0, Relaxed);
             if let Some(window) = &self.window {
-                window.clear();
+                window.slots.clear();
             }
             // A new number, so that requests from before the trip count no more.
             self.state.store((state | PHASE) + 1, SeqCst);
@@ -340,82 +337,31 @@ impl Slow {
     }
 }
 
-/// Responses of the last while, in buckets that expire by time.
+/// Responses of the last while.
 struct Window {
-    /// 0.01 % steps; above 0.
+    /// In steps of 0.01 %; above 0.
     threshold: u64,
     min_requests: u64,
-    /// Nanoseconds that one bucket lasts; above 0.
-    width: u64,
-    base: Instant,
-    /// Number of the bucket that is being filled, counted from `base`.
-    epoch: AtomicU64,
-    buckets: [Bucket; BUCKETS],
-    /// Sums over the buckets. Signed, because a bucket may be taken off a moment before what was put into it is added.
-    good: AtomicI64,
-    bad: AtomicI64,
-    /// Held while buckets expire.
-    turning: Mutex<()>,
+    slots: Slots<2>,
 }
 
-#[derive(Default)]
-struct Bucket {
-    good: AtomicI64,
-    bad: AtomicI64,
-}
+/// Which sum of the slots counts what.
+const GOOD: usize = 0;
+const BAD: usize = 1;
 
 impl Window {
     fn new(length: Duration, threshold: u64, min_requests: u32) -> Self {
-        let width = u64::try_from(length.as_nanos() / BUCKETS as u128).unwrap_or(u64::MAX).max(1);
-        Self {
-            threshold,
-            min_requests: u64::from(min_requests),
-            width,
-            base: Instant::now(),
-            epoch: AtomicU64::new(0),
-            buckets: Default::default(),
-            good: AtomicI64::new(0),
-            bad: AtomicI64::new(0),
-            turning: Mutex::new(()),
-        }
+        // A rate of no responses is none.
+        Self { threshold, min_requests: u64::from(min_requests.max(1)), slots: Slots::new(length) }
     }
 
     /// Counts a response and says whether the rate of successes is now too low.
     fn record(&self, success: bool, now: Instant) -> bool {
-        let elapsed = u64::try_from(now.saturating_duration_since(self.base).as_nanos()).unwrap_or(u64::MAX);
-        let epoch = elapsed / self.width;
-        if epoch > self.epoch.load(SeqCst) {
-            self.turn(epoch);
-        }
-        let bucket = &self.buckets[(epoch % BUCKETS as u64) as usize];
-        let (part, sum) = if success { (&bucket.good, &self.good) } else { (&bucket.bad, &self.bad) };
-        part.fetch_add(1, Relaxed);
-        sum.fetch_add(1, Relaxed);
-        let good = u64::try_from(self.good.load(Relaxed)).unwrap_or(0);
-        let all = good + u64::try_from(self.bad.load(Relaxed)).unwrap_or(0);
-        all >= self.min_requests.max(1) && good.saturating_mul(RATE_STEPS as u64) < self.threshold.saturating_mul(all)
-    }
-
-    /// Empties the buckets that have expired by the time that bucket `epoch` is to be filled.
-    fn turn(&self, epoch: u64) {
-        let turning = self.turning.lock();
-        let last = self.epoch.load(SeqCst);
-        for expired in (last + 1..=epoch).take(BUCKETS) {
-            self.empty(&self.buckets[(expired % BUCKETS as u64) as usize]);
-        }
-        self.epoch.fetch_max(epoch, SeqCst);
-        drop(turning);
-    }
-
-    fn clear(&self) {
-        let turning = self.turning.lock();
-        self.buckets.iter().for_each(|bucket| self.empty(bucket));
-        drop(turning);
-    }
-
-    fn empty(&self, bucket: &Bucket) {
-        self.good.fetch_sub(bucket.good.swap(0, Relaxed), Relaxed);
-        self.bad.fetch_sub(bucket.bad.swap(0, Relaxed), Relaxed);
+        let slot = self.slots.turn(now);
+        self.slots.add(slot, if success { GOOD } else { BAD }, 1);
+        let sum = |i| u64::try_from(self.slots.sum(i)).unwrap_or(0);
+        let (good, all) = (sum(GOOD), sum(GOOD) + sum(BAD));
+        all >= self.min_requests && good.saturating_mul(RATE_STEPS as u64) < self.threshold.saturating_mul(all)
     }
 }
 
