@@ -7,5 +7,6 @@ pub mod http;
 pub mod identity;
 pub mod inbound;
 pub mod policy;
+pub mod redirect;
 pub mod telemetry;
 pub mod transport;

@@ -460,13 +460,14 @@ pub(super) mod tests {
         let (reader, folder) = open(&dir).unwrap();
         let log = Log::default();
         let task = tokio::spawn(folder.run(log.clone()));
-        sleep(POLL * 2).await;
+        // From here on changes fall between two looks.
+        sleep(POLL * 2 + POLL / 4).await;
         assert_eq!(log.take(), [true]);
 
         // Certificate first, key and anchors later: only the whole is taken up.
         let before = reader.expiry();
         dir.leaf(&other, ID, "tls.crt", "late.key");
-        sleep(POLL + POLL / 2).await;
+        sleep(POLL).await;
         fs::rename(dir.0.join("late.key"), dir.0.join("tls.key")).unwrap();
         dir.take(&other, "ca.crt", "ca.crt");
         sleep(POLL * 3).await;
