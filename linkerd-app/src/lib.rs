@@ -2,7 +2,11 @@
 
 pub mod config;
 pub mod error;
+pub mod gateway;
+pub mod http;
 pub mod identity;
+pub mod inbound;
 pub mod policy;
 pub mod redirect;
 pub mod telemetry;
+pub mod transport;
