@@ -3,8 +3,10 @@
 pub mod await_ready;
 pub mod config;
 pub mod error;
+pub mod gateway;
 pub mod http;
 pub mod identity;
+pub mod inbound;
 pub mod policy;
 pub mod redirect;
 pub mod telemetry;

@@ -7,12 +7,15 @@
 //! Left out: `tokio_rt_*`, which needs tokio's unstable build, and `stack_*`, which describes layers that this proxy does not
 //! have. No shipped query reads either.
 
+pub mod access;
 mod authz;
 mod control;
 mod errors;
+mod health;
 mod http;
 mod labels;
 mod legacy;
+pub mod log;
 mod metric;
 mod process;
 mod prom;
@@ -20,6 +23,7 @@ mod route;
 mod store;
 mod tcp;
 pub mod termination;
+mod watchdog;
 
 pub use self::{
     authz::InboundServer,
@@ -28,6 +32,7 @@ pub use self::{
         ManifestMetrics,
     },
     errors::{ErrorMetrics, InboundError, Kind, OutboundError, RouteCloseError, StreamError},
+    health::{Condition, Health},
     http::{Class, EndpointMetrics, HttpMetrics, ProfileRouteMetrics},
     labels::{
         BackendLabels, ConnLabels, Direction, EndpointLabels, InboundRouteLabels, Peer, ProfileRouteLabels,
@@ -40,6 +45,7 @@ pub use self::{
     store::MAX_SERIES,
     tcp::{ConnMetrics, errno_name},
     termination::Code,
+    watchdog::Watchdog,
 };
 
 use self::{
@@ -104,6 +110,8 @@ struct Inner {
     manifests: Arc<ManifestMetrics>,
     terminations: Arc<termination::Terminations>,
     tls_info: Arc<OnceLock<TlsInfo>>,
+    health: Arc<Health>,
+    access_log_drops: Arc<Counter>,
     /// Of the newer dialect.
     registry: Registry,
     /// Bytes of the last scrape, so that the next one grows its buffer once.
@@ -184,6 +192,16 @@ impl Telemetry {
         let (of, gone) = (conns.clone(), gone_zones.clone());
         collect(&mut registry, move |out| transfer_cost(out, &of, &gone));
 
+        let health: Arc<Health> = Arc::default();
+        let of = health.clone();
+        collect(&mut registry, move |out| of.encode(out));
+        let access_log_drops: Arc<Counter> = Arc::default();
+        let of = access_log_drops.clone();
+        collect(&mut registry, move |out| {
+            let help = "Lines that did not fit into the access log's queue";
+            out.counter("access_log_dropped_lines", None, help, [(Sample::NONE, of.get())])
+        });
+
         let mut groups = Groups { registry: &mut registry, limit, overflow: vec![conns.overflow()] };
         let authz = authz::Families::new(limit);
         groups.overflow.extend(authz.overflow());
@@ -221,10 +239,18 @@ impl Telemetry {
             manifests,
             terminations,
             tls_info,
+            health,
+            access_log_drops,
             registry: Registry::default(),
             last_size: AtomicUsize::new(0),
         };
         let overflow = groups.overflow;
+        let of = overflow.clone();
+        inner.health.add(Condition::BoundExhausted, move || {
+            let full: Vec<_> = of.iter().filter(|(_, n)| n.get() > 0).map(|(family, _)| *family).collect();
+            (!full.is_empty()).then(|| format!("metric families at their bound of {limit}: {}", full.join(", ")))
+        });
+        inner.health.add(Condition::BoundExhausted, process::descriptors_low);
         collect(&mut registry, move |out| {
             out.counter(
                 "telemetry_series_overflow",
@@ -376,6 +402,16 @@ impl Telemetry {
     /// Tells what the TLS library was built with. Later calls change nothing.
     pub fn set_tls_info(&self, info: TlsInfo) {
         let _ = self.0.tls_info.set(info);
+    }
+
+    /// What an operator should look at.
+    pub fn health(&self) -> &Arc<Health> {
+        &self.0.health
+    }
+
+    /// For [`access::AccessLog::start`]: lines that did not fit into its queue.
+    pub fn access_log_drops(&self) -> Arc<Counter> {
+        self.0.access_log_drops.clone()
     }
 
     /// Everything as text, older dialect first, ending in `# EOF`. Afterwards drops series that nobody holds and that were

@@ -67,13 +67,10 @@ impl Process {
         if let Some(kib) = status.as_deref().and_then(|s| field(s, "VmRSS:")) {
             out.gauge("process_resident_memory", Some(Unit::Bytes), "Resident memory", [(Sample::NONE, kib * 1024)])?;
         }
-        if let Ok(dir) = fs::read_dir("/proc/self/fd") {
-            // The directory's own descriptor is among them.
-            let open = (dir.count() as u64).saturating_sub(1);
+        if let Some(open) = open_fds() {
             out.gauge("process_open_fds", None, "Open descriptors", [(Sample::NONE, open)])?;
         }
-        let limits = fs::read_to_string("/proc/self/limits").unwrap_or_default();
-        out.gauge("process_max_fds", None, "Bound on open descriptors", [(Sample::NONE, max_fds(&limits))])?;
+        out.gauge("process_max_fds", None, "Bound on open descriptors", [(Sample::NONE, max_fds(&limits()))])?;
         if let Some((received, sent)) = fs::read_to_string("/proc/self/net/netstat").ok().as_deref().and_then(octets) {
             let families = [
                 ("process_network_receive", "IP octets received in the network namespace", received),
@@ -85,6 +82,21 @@ impl Process {
         }
         Ok(())
     }
+}
+
+/// A twentieth of the descriptors is left: new connections will soon be refused.
+pub(super) fn descriptors_low() -> Option<String> {
+    let (open, max) = (open_fds()?, max_fds(&limits()));
+    (max > 0 && open >= max - max / 20).then(|| format!("{open} of {max} descriptors are open"))
+}
+
+fn open_fds() -> Option<u64> {
+    // The directory's own descriptor is among them.
+    Some((fs::read_dir("/proc/self/fd").ok()?.count() as u64).saturating_sub(1))
+}
+
+fn limits() -> String {
+    fs::read_to_string("/proc/self/limits").unwrap_or_default()
 }
 
 fn now() -> f64 {
