@@ -112,9 +112,9 @@ pub(crate) struct Await {
     /// Admin port.
     #[arg(short, long, default_value_t = 4191)]
     pub(crate) port: u16,
-    /// Admin address.
-    #[arg(long, default_value = "127.0.0.1")]
-    pub(crate) address: IpAddr,
+    /// Admin address; this machine's loopback addresses if not given.
+    #[arg(long)]
+    pub(crate) address: Option<IpAddr>,
     /// Pause after a failed try, for instance 1s.
     #[arg(short, long, default_value = "1s")]
     pub(crate) backoff: String,

@@ -36,7 +36,9 @@ pub(crate) fn dispatch(args: impl Iterator<Item = OsString>) -> ExitCode {
         None => linkerd(),
         Some(Command::Run(args)) => run(args),
         Some(Command::Check(args)) => check(args),
-        Some(Command::Identity(Identity::Init { dir, trust_domain, force })) => identity_init(&dir, trust_domain, force),
+        Some(Command::Identity(Identity::Init { dir, trust_domain, force })) => {
+            identity_init(&dir, trust_domain, force)
+        }
         Some(Command::Redirect(args)) => redirect(args),
         Some(Command::Await(args)) => await_ready(args),
         Some(Command::Validate(args)) => validate(args),
@@ -242,18 +244,15 @@ fn identity_init(dir: &Path, trust_domain: String, overwrite: bool) -> ExitCode 
 }
 
 /// Defaults of our own, before the flags that were given: the last value of a flag counts.
-const REDIRECT_DEFAULTS: &[&str] = &[
-    "--incoming-proxy-port=4143",
-    "--outgoing-proxy-port=4140",
-    "--proxy-uid=2102",
-    "--use-wait-flag",
-];
+const REDIRECT_DEFAULTS: &[&str] =
+    &["--incoming-proxy-port=4143", "--outgoing-proxy-port=4140", "--proxy-uid=2102", "--use-wait-flag"];
 
 fn redirect(args: Redirect) -> ExitCode {
     let defaults = REDIRECT_DEFAULTS.iter().map(ToString::to_string);
     // Lists add up, so they have a default only where none is given.
     let given = |name: &str| args.flags.iter().any(|flag| flag.split('=').next() == Some(name));
-    let lists = (!given("--inbound-ports-to-ignore")).then(|| "--inbound-ports-to-ignore=4190,4191,4567,4568".to_string());
+    let lists =
+        (!given("--inbound-ports-to-ignore")).then(|| "--inbound-ports-to-ignore=4190,4191,4567,4568".to_string());
     let skips = (!given("--outbound-ports-to-ignore")).then(|| "--outbound-ports-to-ignore=4567,4568".to_string());
     let flags = defaults.chain(lists).chain(skips).chain(args.flags.iter().cloned());
     let action = match (args.undo, args.check, args.dry_run) {
@@ -293,13 +292,12 @@ fn apply_rules(flags: impl Iterator<Item = String>, action: Option<redirect::Act
 
 fn await_ready(args: Await) -> ExitCode {
     let duration = |name: &str, text: &str| syntax::duration(text).map_err(|why| format!("--{name} {text:?}: {why}"));
-    let (backoff, timeout) = match (
-        duration("backoff", &args.backoff),
-        args.timeout.as_deref().map(|t| duration("timeout", t)).transpose(),
-    ) {
-        (Ok(backoff), Ok(timeout)) => (backoff, timeout),
-        (Err(why), _) | (_, Err(why)) => return usage(&why),
-    };
+    let (backoff, timeout) =
+        match (duration("backoff", &args.backoff), args.timeout.as_deref().map(|t| duration("timeout", t)).transpose())
+        {
+            (Ok(backoff), Ok(timeout)) => (backoff, timeout),
+            (Err(why), _) | (_, Err(why)) => return usage(&why),
+        };
     let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     block_on(await_ready::run(await_ready::Options {
         address: args.address,

@@ -15,7 +15,9 @@ fn main() -> ExitCode {
     let name = args.next().unwrap_or_default();
     match Path::new(&name).file_name().and_then(|n| n.to_str()) {
         Some("linkerd2-proxy-init") => commands::init(args.collect()),
-        Some("linkerd2-network-validator") => commands::dispatch(["linkerd-proxy".into(), "validate".into()].into_iter().chain(args)),
+        Some("linkerd2-network-validator") => {
+            commands::dispatch(["linkerd-proxy".into(), "validate".into()].into_iter().chain(args))
+        }
         Some("linkerd-await") => commands::dispatch(["linkerd-proxy".into(), "await".into()].into_iter().chain(args)),
         // The helper's work (key, request, trust anchors) is done in memory by the proxy itself.
         Some("linkerd2-proxy" | "linkerd2-proxy-identity") => commands::linkerd(),

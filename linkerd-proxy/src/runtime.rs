@@ -70,7 +70,8 @@ fn quota() -> Option<usize> {
         let (quota, period) = text.trim().split_once(' ')?;
         (quota.parse::<u64>().ok()?, period.parse::<u64>().ok()?)
     } else {
-        let read = |name: &str| fs::read_to_string(format!("/sys/fs/cgroup/cpu/{name}")).ok()?.trim().parse::<i64>().ok();
+        let read =
+            |name: &str| fs::read_to_string(format!("/sys/fs/cgroup/cpu/{name}")).ok()?.trim().parse::<i64>().ok();
         (u64::try_from(read("cpu.cfs_quota_us")?).ok()?, u64::try_from(read("cpu.cfs_period_us")?).ok()?)
     };
     usize::try_from(quota.div_ceil(period.max(1))).ok().map(|n| n.max(1))
