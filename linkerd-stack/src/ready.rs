@@ -89,10 +89,18 @@ impl Ready {
         }
     }
 
+    /// Whether both are one and the same flag.
+    pub fn same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// Tells `listener` of every change from now on, until it is dropped.
     pub fn listen(&self, listener: Weak<dyn Listener>) {
         let mut listeners = self.0.listeners.lock();
-        listeners.retain(|l| l.strong_count() > 0);
+        // Those that are gone are looked for only before the list would grow: a flag that many listen to stays cheap.
+        if listeners.len() == listeners.capacity() {
+            listeners.retain(|l| l.strong_count() > 0);
+        }
         listeners.push(listener);
     }
 }
