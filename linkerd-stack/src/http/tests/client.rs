@@ -183,8 +183,10 @@ async fn the_pool_is_bounded() {
     let mut config = ClientConfig::default();
     config.h1.max_idle = 1;
     let mut f = fixture_with(config, false, &[]);
-    let sent = [f.send(get("http://web/a")), f.send(get("http://web/a"))];
-    let mut ios = [f.accept().await, f.accept().await];
+    let first = f.send(get("http://web/a"));
+    let first_io = f.accept().await;
+    let sent = [first, f.send(get("http://web/a"))];
+    let mut ios = [first_io, f.accept().await];
     for io in &mut ios {
         io.write_all(OK.as_bytes()).await.unwrap();
     }

@@ -327,3 +327,38 @@ async fn orig_proto_carries_http1_between_two_proxies() {
         "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
     );
 }
+
+/// A connection that is given back in one thread while its task runs in another is neither lost nor used twice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn connections_are_pooled_from_any_thread() {
+    const CLIENTS: usize = 8;
+    const REQUESTS: usize = 200;
+    let (pipes, mut far) = Pipes::new();
+    let client = Client::new(ClientConfig::default(), pipes.clone(), false);
+    let peers = tokio::spawn(async move {
+        let (_signal, watch) = drain::channel();
+        while let Some(io) = far.recv().await {
+            let watch = watch.clone();
+            tokio::spawn(async move { serve(&ServerConfig::default(), Version::H1, io, echo(), watch).await });
+        }
+    });
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|c| {
+            let client = client.clone();
+            tokio::spawn(async move {
+                for r in 0..REQUESTS {
+                    let uri = format!("http://web/{c}/{r}");
+                    let req = Request::post(&uri).header("host", "web").body(Body::full(uri.clone())).unwrap();
+                    let text = text(client.send(req).await.unwrap()).await;
+                    assert!(text.starts_with(&format!("POST {uri} ")) && text.ends_with(&format!("{uri:?}")), "{text}");
+                }
+            })
+        })
+        .collect();
+    for client in clients {
+        client.await.unwrap();
+    }
+    // A request may find its predecessor's connection not quite free.
+    assert!(pipes.attempts() <= 4 * CLIENTS, "{} connections", pipes.attempts());
+    peers.abort();
+}
