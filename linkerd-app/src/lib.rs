@@ -1,5 +1,6 @@
 //! The proxy: configuration, policy, its two sources, inbound, outbound, admin. The only place where stages are joined.
 
+pub mod admin;
 pub mod await_ready;
 pub mod config;
 pub mod error;
