@@ -95,7 +95,7 @@ impl Discovery {
         while !(state.policy_over && state.profile_over) {
             tokio::select! {
                 () = policy.closed() => return,
-                // Refusals count only before the first answer: what was known stays in force.
+                // A refusal can't come any more: once there was an answer, it stays in force.
                 _ = self.step(&mut state) => if let Ok(merged) = self.merged(&state) {
                     policy.send_if_modified(|current| {
                         let changed = **current != merged;
@@ -174,6 +174,9 @@ impl Discovery {
             }
             code if stream::is_final(code) => {
                 state.policy_over = true;
+                if state.policy.is_some() {
+                    return Ok(());
+                }
                 let reason = stream::describe(status).into();
                 return Err(DiscoveryError::Refused { target: self.target.clone(), reason });
             }

@@ -5,7 +5,7 @@
 
 mod connection;
 pub(crate) mod dns;
-pub mod tls;
+pub(super) mod tls;
 
 use self::{
     connection::{Dialer, Endpoint},
@@ -144,7 +144,9 @@ async fn keep_resolved(shared: Arc<Shared>, addr: config::ControlAddr, dialer: A
                         endpoint.retire();
                     }
                     // Its streams end on their own.
-                    tasks.remove(&addr).map(AbortOnDrop::detach);
+                    if let Some(task) = tasks.remove(&addr) {
+                        task.detach();
+                    }
                 }
                 for addr in answer.value {
                     tasks.entry(addr).or_insert_with(|| {
@@ -469,8 +471,8 @@ pub(crate) mod tests {
         let client = client(listener.local_addr().unwrap().port());
         tokio::spawn(async move {
             let (io, _) = listener.accept().await.unwrap();
-            let _ = io.set_linger(Some(Duration::ZERO));
             time::sleep(Duration::from_millis(20)).await;
+            drop(io);
         });
         let status = profile(client).await.unwrap_err();
         assert_eq!(status.code(), tonic::Code::Unavailable, "{}", stream::describe(&status));

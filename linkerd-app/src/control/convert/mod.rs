@@ -18,7 +18,7 @@ const MAX_DURATION: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// A message that can't be understood: which field, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Invalid {
+pub(crate) struct Invalid {
     /// `protocol.detect.http1.routes[2].rules[0].backends`; empty for the message itself.
     path: String,
     reason: String,
