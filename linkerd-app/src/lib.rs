@@ -1,7 +1,14 @@
 //! The proxy: configuration, policy, its two sources, inbound, outbound, admin. The only place where stages are joined.
 
+pub mod admin;
 pub mod config;
 pub mod control;
 pub mod error;
+pub mod gateway;
+pub mod http;
+pub mod identity;
+pub mod inbound;
 pub mod policy;
+pub mod redirect;
+pub mod telemetry;
 pub mod transport;

@@ -4,12 +4,26 @@
 //! `tokio::time` and randomness from values handed in, or from the thread's generator where only spread matters.
 
 pub mod backoff;
+pub mod balance;
 mod boxed;
+pub mod breaker;
+pub mod budget;
+pub mod cache;
+pub mod copy;
+pub mod detect;
 pub mod drain;
+pub mod http;
 pub mod io;
+pub mod limit;
 mod new_service;
 mod param;
+pub mod rate;
 pub mod ready;
+pub mod replay;
+mod scratch;
+mod slots;
+#[cfg(target_os = "linux")]
+mod splice;
 
 pub use self::{
     boxed::{BoxFuture, BoxService},

@@ -89,6 +89,11 @@ impl Ready {
         }
     }
 
+    /// Whether both are one and the same flag.
+    pub fn same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// Tells `listener` of every change from now on, until it is dropped.
     pub fn listen(&self, listener: Weak<dyn Listener>) {
         let mut listeners = self.0.listeners.lock();

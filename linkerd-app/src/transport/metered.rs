@@ -1,5 +1,6 @@
 //! A connection whose bytes, opening and closing are counted (metrics.md 5.6).
 
+use crate::telemetry::ConnMetrics;
 use std::{
     io,
     pin::Pin,
@@ -18,6 +19,24 @@ pub trait Meter: Send + Sync + 'static {
     fn read(&self, bytes: u64);
     /// Bytes went to the peer.
     fn written(&self, bytes: u64);
+}
+
+impl Meter for ConnMetrics {
+    fn open(&self) {
+        Self::open(self);
+    }
+
+    fn close(&self, errno: Option<i32>) {
+        Self::close(self, errno);
+    }
+
+    fn read(&self, bytes: u64) {
+        Self::read(self, bytes);
+    }
+
+    fn written(&self, bytes: u64) {
+        Self::written(self, bytes);
+    }
 }
 
 /// A counted connection. It closes once: at the first I/O error other than "would block", or when it is dropped.
@@ -43,6 +62,16 @@ impl<I, M: Meter> Metered<I, M> {
     /// The connection inside.
     pub fn get_ref(&self) -> &I {
         &self.io
+    }
+
+    /// What counts it. For those who move the bytes themselves, with `()` as the connection.
+    pub fn meter(&self) -> &Arc<M> {
+        &self.guard.meter
+    }
+
+    /// Ends it with an error that was seen elsewhere.
+    pub fn failed(&mut self, error: &io::Error) {
+        self.guard.close(error.raw_os_error());
     }
 }
 

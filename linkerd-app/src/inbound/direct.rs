@@ -1,0 +1,102 @@
+//! Connections to the proxy's own port: mesh TLS with a client identity, then a transport header that says where to
+//! (behaviour.md A.5). Anything else is closed.
+
+use super::{Inbound, accept::Conn, http, opaque, tls};
+use crate::{
+    error::{Cause, Error},
+    policy::{Target, authz::ClientTls},
+    transport::{
+        TransportHeader,
+        header::{self, Session},
+    },
+};
+use linkerd_stack::{PrefixedIo, drain, http::Version};
+use linkerd_tls::{detect::Sni, identity::Alpn};
+use std::sync::Arc;
+use tokio::{net::TcpStream, select};
+
+/// Serves a connection to the proxy itself.
+///
+/// # Errors
+/// When the connection is not what a meshed peer's proxy would make, and whatever fails further on.
+pub(super) async fn serve(
+    inbound: &Arc<Inbound>,
+    mut conn: Conn,
+    mut io: TcpStream,
+    drain: drain::Watch,
+) -> Result<(), Error> {
+    // TLS, for us, by an identified client.
+    let Some(identity) = &inbound.identity else {
+        return Err(not_direct("this proxy has no identity"));
+    };
+    let (sni, read) = select! {
+        biased;
+        hello = tls::client_hello(inbound, &mut io, inbound.cfg.detect_timeout) => hello?,
+        () = drain.signaled() => return Ok(()),
+    };
+    match sni {
+        Sni::Name(name) if name.eq_ignore_ascii_case(identity.server_name().as_str()) => {}
+        Sni::NotTls if read.is_empty() => return Ok(()), // Connected and left: a probe.
+        Sni::Name(_) | Sni::NoName | Sni::NotTls | Sni::Incomplete => return Err(not_direct("no mesh TLS")),
+    }
+    let (accepted, mut io) = identity
+        .accept(PrefixedIo::new(read, io), Alpn::TransportHeader)
+        .await
+        .map_err(|error| tls::handshake(&error))?;
+    let Some(client_id) = accepted.client_id else {
+        return Err(not_direct("no client identity"));
+    };
+    if !accepted.transport_header {
+        return Err(not_direct("no transport header agreed on"));
+    }
+
+    // Where to, and how.
+    let (header, rest) = header::read(&mut io, inbound.cfg.detect_timeout)
+        .await
+        .map_err(|error| Error::new(Cause::Unexpected(error.to_string().into())).context("direct connection"))?;
+    let session = match header.session {
+        Some(Session::Http1) => "http/1",
+        Some(Session::Http2) => "http/2",
+        None => "",
+    };
+    let name = header.name.as_deref().unwrap_or("");
+    inbound.telemetry.transport_header(session, header.port, name, Some(&client_id)).inc();
+    conn.tls = ClientTls::Terminated(Some(client_id));
+    let io = PrefixedIo::new(rest, io);
+
+    // There.
+    let version = |session| match session {
+        Session::Http1 => Version::H1,
+        Session::Http2 => Version::H2,
+    };
+    let TransportHeader { port, name, session } = header;
+    match (name, session) {
+        (None, None) => {
+            opaque::forward(inbound, conn.for_port(inbound, port), opaque::Side::Other(Box::new(io)), None, drain).await
+        }
+        (None, Some(session)) => {
+            http::serve(inbound, conn.for_port(inbound, port), version(session), Box::new(io), drain).await
+        }
+        (Some(name), session) => {
+            let target = Target::Name(name.into(), port);
+            let Some(gateway) = &inbound.gateway else {
+                return Err(Error::new(Cause::GatewayDomain)
+                    .context(format!("{target}: gateway mode is off (LINKERD2_PROXY_INBOUND_GATEWAY_SUFFIXES)")));
+            };
+            match session {
+                Some(session) => {
+                    http::serve_gateway(inbound, conn, version(session), Box::new(io), gateway, target, drain).await
+                }
+                None => opaque::gateway(inbound, conn, Box::new(io), gateway, target, drain).await,
+            }
+        }
+    }
+}
+
+/// The failure of connections that are no business of this port.
+fn not_direct(why: &str) -> Error {
+    Error::new(Cause::Unexpected(why.into())).context(
+        "a connection to the proxy's own port must come from another meshed proxy; connections to the application \
+         need redirection: run `linkerd-proxy redirect`",
+    )
+}

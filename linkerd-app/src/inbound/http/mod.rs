@@ -1,0 +1,272 @@
+//! HTTP towards the application. A request meets, first to last: restore (HTTP/1 that was carried in HTTP/2), identify
+//! (`l5d-client-id`), normalize (authority), limit (requests in flight), policy (route, authorization, filters, rate
+//! limit), metrics, the application's client. Failures become answers in one place, on the way back.
+
+mod observe;
+mod policy;
+
+pub use self::policy::{Connection, Guard, Kind, PolicyService};
+
+use super::{Inbound, accept::Conn};
+use crate::{
+    config,
+    error::{Cause, Error},
+    gateway::Gateway,
+    http::{
+        Asked, Rescue,
+        rescue::{self, Answer},
+    },
+    policy::{
+        Target,
+        endpoint::{Http2Params, Http2Windows},
+    },
+    telemetry::{ConnLabels, Direction, Peer, TlsLabels},
+    transport::{Metered, io_failure},
+};
+use ::http::{HeaderName, HeaderValue, Request, Response, uri::Authority};
+use linkerd_stack::{
+    BoxFuture, BoxService, BoxedIo,
+    backoff::Backoff,
+    drain,
+    http::{
+        Body, ClientConfig, CloseConnection, Reset, ServeError, ServerConfig, Version,
+        client::{Http1Config, Http2Config, KeepAlive},
+        normalize, orig_proto,
+    },
+};
+use std::{
+    sync::Arc,
+    task::{Context, Poll},
+};
+use tokio::sync::Semaphore;
+
+/// The verified identity of a meshed client. Set or removed on every request, so that it cannot be forged.
+const L5D_CLIENT_ID: HeaderName = HeaderName::from_static("l5d-client-id");
+
+/// Serves a connection's requests to the application.
+///
+/// # Errors
+/// When the connection fails; requests that fail are answered.
+pub(super) async fn serve(
+    inbound: &Arc<Inbound>,
+    conn: Conn,
+    version: Version,
+    io: BoxedIo,
+    drain: drain::Watch,
+) -> Result<(), Error> {
+    // Clients of direct connections name their target (behaviour.md A.5).
+    let default_authority = (!conn.direct).then(|| Authority::try_from(conn.target.to_string()).ok()).flatten();
+    let local = inbound.locals.http(conn.target);
+    let app = BoxService::from_fn(move |req| {
+        let local = local.clone();
+        async move { local.send(req).await }
+    });
+    run(inbound, conn, Kind::App, version, io, default_authority, app, drain).await
+}
+
+/// Serves a connection's requests to a target elsewhere (behaviour.md A.6).
+///
+/// # Errors
+/// As [`serve`].
+pub(super) async fn serve_gateway(
+    inbound: &Arc<Inbound>,
+    conn: Conn,
+    version: Version,
+    io: BoxedIo,
+    gateway: &Gateway,
+    target: Target,
+    drain: drain::Watch,
+) -> Result<(), Error> {
+    let default_authority = Authority::try_from(target.to_string()).ok();
+    let out = gateway.http(target, conn.tls.client_id().cloned());
+    run(inbound, conn, Kind::Gateway, version, io, default_authority, out, drain).await
+}
+
+#[expect(clippy::too_many_arguments, reason = "everything that a connection is made of meets here")]
+async fn run(
+    inbound: &Arc<Inbound>,
+    conn: Conn,
+    kind: Kind,
+    version: Version,
+    io: BoxedIo,
+    default_authority: Option<Authority>,
+    inner: BoxService<Request<Body>, Response<Body>, Error>,
+    drain: drain::Watch,
+) -> Result<(), Error> {
+    let labels = ConnLabels {
+        direction: Direction::Inbound,
+        peer: Peer::Src,
+        target: Some(conn.target),
+        tls: TlsLabels::Accepted(conn.tls.clone()),
+        srv: Some((conn.policy.policy.meta.clone(), conn.port.number())),
+        authority: None,
+        dst: None,
+    };
+    let io = Metered::new(io, inbound.telemetry.conn(labels));
+    let Conn { client, target, tls, port, .. } = conn;
+    let connection = Connection { client, tls, target, port, kind };
+    let policy = PolicyService::new(inbound.guard.clone(), connection, inner);
+    let server = Server::new(policy, default_authority, inbound.cfg.max_in_flight);
+    linkerd_stack::http::serve(&server_config(&inbound.cfg.http_server), version, io, server, drain)
+        .await
+        .map_err(ended)
+}
+
+/// The requests of one connection: from what the codec gives to what it gets. Cheap to clone.
+#[derive(Clone)]
+pub struct Server(Arc<Shared>);
+
+struct Shared {
+    policy: PolicyService,
+    rescue: Rescue,
+    client_id: Option<HeaderValue>,
+    default_authority: Option<Authority>,
+    in_flight: Semaphore,
+}
+
+impl Server {
+    /// A server for one connection. Requests without an authority get the default one, or fail. At most `max_in_flight`
+    /// requests await response headers; more of them wait.
+    pub fn new(policy: PolicyService, default_authority: Option<Authority>, max_in_flight: usize) -> Self {
+        let id = policy.connection().tls.client_id();
+        Self(Arc::new(Shared {
+            rescue: Rescue { informational: id.is_some() },
+            client_id: id.and_then(|id| HeaderValue::from_str(id.as_str()).ok()),
+            default_authority,
+            in_flight: Semaphore::new(max_in_flight.clamp(1, Semaphore::MAX_PERMITS)),
+            policy,
+        }))
+    }
+}
+
+impl tower::Service<Request<Body>> for Server {
+    type Response = Response<Body>;
+    type Error = Reset;
+    type Future = BoxFuture<Result<Response<Body>, Reset>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Reset>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, req: Request<Body>) -> Self::Future {
+        let shared = self.0.clone();
+        Box::pin(async move { shared.serve(req).await })
+    }
+}
+
+impl Shared {
+    async fn serve(&self, mut req: Request<Body>) -> Result<Response<Body>, Reset> {
+        // Restore, identify.
+        let mut asked = Asked::of(&req);
+        let carried = orig_proto::restore_request(&mut req);
+        if carried.is_some() {
+            asked = Asked { version: req.version(), grpc: false, orig_proto: true };
+        }
+        match &self.client_id {
+            Some(id) => drop(req.headers_mut().insert(L5D_CLIENT_ID, id.clone())),
+            None => drop(req.headers_mut().remove(L5D_CLIENT_ID)),
+        }
+
+        let mut rsp = match self.answer(req, &asked).await {
+            Ok(rsp) => rsp,
+            Err(error) => {
+                self.policy.failed(error.cause());
+                log(self.policy.connection(), &error);
+                match self.rescue.answer(&error, &asked) {
+                    Answer::Response(rsp) => rsp,
+                    Answer::Reset(reason) => return Err(Reset::new(reason)),
+                }
+            }
+        };
+        if rescue::closes(&rsp) {
+            rsp.extensions_mut().insert(CloseConnection);
+        }
+        if carried.is_some() {
+            orig_proto::upgrade_response(&mut rsp);
+        }
+        Ok(rsp)
+    }
+
+    async fn answer(&self, mut req: Request<Body>, asked: &Asked) -> Result<Response<Body>, Error> {
+        // Normalize.
+        normalize::request(&mut req, self.default_authority.as_ref()).map_err(|error| match error {
+            normalize::BadRequest::MissingAuthority => Error::new(Cause::MissingAuthority),
+            error => Error::new(Cause::BadRequest(error.to_string().into())),
+        })?;
+        // Limit, until the response's headers.
+        let _permit =
+            self.in_flight.acquire().await.map_err(|_| Error::new(Cause::Unexpected("the server is gone".into())))?;
+        self.policy.call(req, asked, self.rescue).await
+    }
+}
+
+/// Where a failed request's error stops.
+fn log(conn: &Connection, error: &Error) {
+    match error.cause() {
+        // Said in full where it was decided, within bounds.
+        Cause::Unauthorized | Cause::NoRoute => {}
+        Cause::Redirect { .. }
+        | Cause::InjectedHttp { .. }
+        | Cause::InjectedGrpc { .. }
+        | Cause::RateLimited { .. } => {
+            tracing::debug!(client = %conn.client, target = %conn.target, %error, "request answered by policy");
+        }
+        _ => tracing::info!(client = %conn.client, target = %conn.target, %error, "request failed"),
+    }
+}
+
+/// The failure that the end of a connection means.
+fn ended(error: ServeError) -> Error {
+    match error {
+        ServeError::Io(error) => io_failure(&error),
+        ServeError::Reset(reset) => Cause::Http2Reset(reset.reason()).into(),
+        ServeError::Protocol(message) => Cause::BadRequest(message).into(),
+        ServeError::Other(message) => Cause::Unexpected(message).into(),
+    }
+}
+
+/// The server's settings, as the stack takes them.
+pub fn server_config(cfg: &config::HttpServer) -> ServerConfig {
+    ServerConfig {
+        stream_window: cfg.stream_window,
+        connection_window: cfg.connection_window,
+        adaptive_window: cfg.adaptive_window,
+        keep_alive: cfg.keep_alive,
+        max_concurrent_streams: cfg.max_concurrent_streams,
+        max_frame_size: cfg.max_frame_size,
+        max_header_size: cfg.max_header_size,
+        max_pending_accept_reset_streams: cfg.max_pending_accept_reset_streams,
+        max_send_buf_size: cfg.max_send_buf_size,
+        ..ServerConfig::default()
+    }
+}
+
+/// The settings of the client for the application, as the stack takes them.
+pub(super) fn client_config(cfg: &config::Inbound, backoff: Backoff) -> ClientConfig {
+    let Http2Params { windows, keep_alive, max_concurrent_reset_streams, max_frame_size, max_send_buf_size } =
+        &cfg.http2_client;
+    let mut h2 = Http2Config {
+        keep_alive: keep_alive.map(|k| KeepAlive {
+            interval: k.interval,
+            timeout: k.timeout,
+            while_idle: k.while_idle,
+        }),
+        max_frame_size: *max_frame_size,
+        max_send_buf_size: max_send_buf_size.map(|n| n as usize),
+        max_concurrent_reset_streams: max_concurrent_reset_streams.map(|n| n as usize),
+        ..Http2Config::default()
+    };
+    match windows {
+        None => {}
+        Some(Http2Windows::Adaptive) => h2.adaptive_window = true,
+        Some(Http2Windows::Fixed { stream, connection }) => {
+            (h2.stream_window, h2.connection_window) = (*stream, *connection);
+        }
+    }
+    ClientConfig {
+        h1: Http1Config { idle_timeout: cfg.http1.idle_timeout, max_idle: cfg.http1.max_idle },
+        h2,
+        backoff,
+        max_header_size: cfg.http_server.max_header_size,
+    }
+}

@@ -1,0 +1,351 @@
+//! The policy of a port, applied to each request: route, authorization, filters, rate limit (behaviour.md C.6), then
+//! the metrics of what was let through.
+//!
+//! What depends only on the connection (does this client's identity satisfy this route?) is decided once per policy value
+//! and route, when the first request comes that needs it.
+
+use super::observe::{self, Handles};
+use crate::{
+    error::{Cause, Error},
+    http::{
+        Asked, Match, Rescue, best_match,
+        classify::Rule,
+        filter::{self, Flow},
+        rescue::is_endpoint_level,
+    },
+    inbound::{
+        denial::{Case, Lines},
+        limits::Share,
+        policy::{self, HttpRoutes, PortRef, Ports, Prepared},
+    },
+    policy::{
+        authz::ClientTls,
+        route::Precedence,
+        server::{Protocol, Route},
+    },
+    telemetry::{Counter, EndpointLabels, InboundRouteLabels, InboundServer, RouteKind, ServerLabels, Telemetry},
+};
+use ::http::{Request, Response};
+use arc_swap::ArcSwap;
+use linkerd_stack::{BoxService, http::Body};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, OnceLock},
+};
+
+/// What authorizes requests; one per proxy.
+pub struct Guard {
+    pub(in crate::inbound) ports: Ports,
+    pub(in crate::inbound) lines: Lines,
+    telemetry: Telemetry,
+    authority_labels: bool,
+}
+
+/// What a port serves.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The local application.
+    App,
+    /// The admin server.
+    Admin,
+    /// Other proxies' targets.
+    Gateway,
+}
+
+/// A connection that carries requests.
+#[derive(Clone)]
+pub struct Connection {
+    /// Who connected.
+    pub client: SocketAddr,
+    /// What they proved.
+    pub tls: ClientTls,
+    /// Where they meant to go.
+    pub target: SocketAddr,
+    /// The port whose policy counts.
+    pub port: PortRef,
+    /// What is behind it.
+    pub kind: Kind,
+}
+
+/// Requests of one connection, authorized before they reach the inner service.
+pub struct PolicyService {
+    guard: Arc<Guard>,
+    conn: Connection,
+    resolved: ArcSwap<Resolved>,
+    inner: BoxService<Request<Body>, Response<Body>, Error>,
+}
+
+/// What a policy value means for this connection.
+struct Resolved {
+    prepared: Arc<Prepared>,
+    metrics: InboundServer,
+    share: Option<Share>,
+    /// By index of the route.
+    routes: Box<[OnceLock<Decision>]>,
+}
+
+/// What a route means for this connection.
+enum Decision {
+    Allow { allowed: Arc<Counter>, handles: Handles, audit: bool, authz: usize },
+    Deny { denied: Arc<Counter> },
+}
+
+impl Guard {
+    pub(in crate::inbound) fn new(ports: Ports, telemetry: Telemetry, authority_labels: bool) -> Self {
+        Self { ports, lines: Lines::default(), telemetry, authority_labels }
+    }
+
+    /// The port, for [`Connection::port`].
+    pub fn port(&self, number: u16) -> PortRef {
+        self.ports.get(number)
+    }
+}
+
+impl PolicyService {
+    /// Puts the policy of the connection's port before `inner`.
+    pub fn new(guard: Arc<Guard>, conn: Connection, inner: BoxService<Request<Body>, Response<Body>, Error>) -> Self {
+        let prepared = conn.port.current().clone();
+        let resolved = ArcSwap::from_pointee(Resolved::new(&guard, &conn, prepared));
+        Self { guard, conn, resolved, inner }
+    }
+
+    /// The connection.
+    pub fn connection(&self) -> &Connection {
+        &self.conn
+    }
+
+    /// Applies the policy now in force, and passes the request on if it may.
+    ///
+    /// # Errors
+    /// What the policy refuses, and the failures of the inner service, apart from those that count as the
+    /// application's answers.
+    pub async fn call(&self, mut req: Request<Body>, asked: &Asked, rescue: Rescue) -> Result<Response<Body>, Error> {
+        let resolved = self.resolved();
+        let policy = &resolved.prepared.policy;
+        let routes = match policy::http(policy) {
+            HttpRoutes::Routes(routes) => routes,
+            HttpRoutes::Invalid(reason) => {
+                // Nobody is authorized by a policy that was not understood.
+                let case = self.case(&resolved, None);
+                self.guard.lines.denied(case);
+                return Err(Error::new(Cause::Unauthorized).context(format!("invalid policy: {reason}")));
+            }
+        };
+
+        // Route.
+        let Some(matched) = route(routes, &req) else {
+            resolved.metrics.http_not_found().inc();
+            self.guard.lines.no_route(self.conn.client, &resolved.prepared, req.method(), req.uri().path());
+            return Err(Cause::NoRoute.into());
+        };
+        let (Some(route), Some(slot)) = (routes.get(matched.route), resolved.routes.get(matched.route)) else {
+            return Err(Cause::NoRoute.into());
+        };
+
+        // Authorization.
+        let decision = slot.get_or_init(|| self.decide(&resolved, route));
+        let handles = match decision {
+            Decision::Allow { allowed, handles, audit, authz } => {
+                allowed.inc();
+                if *audit {
+                    self.guard.lines.audited(self.case(&resolved, Some(route)));
+                }
+                match self.guard.authority_labels {
+                    true => self.labelled(&resolved, route, *authz, handles, &req),
+                    false => handles.clone(),
+                }
+            }
+            Decision::Deny { denied } => {
+                denied.inc();
+                self.guard.lines.denied(self.case(&resolved, Some(route)));
+                return Err(Cause::Unauthorized.into());
+            }
+        };
+
+        // Filters.
+        let filters = route.rules.get(matched.rule).map_or(&[][..], |rule| &rule.filters);
+        let follow_up = match filter::on_request(filters, &mut req, &matched, crate::http::random)? {
+            Flow::Forward(follow_up) => follow_up,
+            Flow::Answer(parts) => return Ok(Response::from_parts(*parts, Body::empty())),
+        };
+
+        // Rate limit.
+        if let (Some(limits), Some(share)) = (&resolved.prepared.limits, &resolved.share)
+            && let Err(error) = limits.check(share)
+        {
+            if let Cause::RateLimited { scope, .. } = error.cause() {
+                resolved.metrics.rate_limited(limits.policy().meta.as_ref(), *scope).inc();
+            }
+            return Err(error);
+        }
+
+        // On, observed.
+        let grpc_policy = matches!(policy.protocol, Protocol::Grpc(_));
+        let rule = Rule::of(req.headers(), grpc_policy);
+        let (parts, body) = req.into_parts();
+        let (observed, body) = observe::request(handles, rule, body);
+        let rsp = match self.inner.send(Request::from_parts(parts, body)).await {
+            Ok(rsp) => Ok(rsp),
+            Err(error) => {
+                let error = error
+                    .context(format!("server: {}", self.conn.target))
+                    .context(format!("client {}", self.conn.client));
+                // Metrics count what the client sees of a dead application: an answer.
+                if is_endpoint_level(error.cause(), asked) {
+                    resolved.metrics.http_errors().failed(error.cause());
+                    tracing::info!(client = %self.conn.client, %error, "request failed");
+                    Ok(rescue.response(&error, asked))
+                } else {
+                    Err(error)
+                }
+            }
+        };
+        match rsp {
+            Ok(mut rsp) => {
+                filter::on_response(filters, rsp.headers_mut(), &follow_up);
+                Ok(observed.response(rsp, asked.grpc.then_some(rescue)))
+            }
+            Err(error) => {
+                observed.failed(error.cause());
+                Err(error)
+            }
+        }
+    }
+
+    /// Counts a request that the proxy failed.
+    pub(super) fn failed(&self, cause: &Cause) {
+        match cause {
+            // They have families of their own.
+            Cause::Unauthorized | Cause::NoRoute => {}
+            cause => self.resolved.load().metrics.http_errors().failed(cause),
+        }
+    }
+
+    /// The policy in force, brought up to date if it has changed. No lock is taken.
+    fn resolved(&self) -> Arc<Resolved> {
+        let resolved = self.resolved.load_full();
+        let prepared = self.conn.port.current();
+        if Arc::ptr_eq(&resolved.prepared, &prepared) {
+            return resolved;
+        }
+        let resolved = Arc::new(Resolved::new(&self.guard, &self.conn, prepared.clone()));
+        self.resolved.store(resolved.clone());
+        resolved
+    }
+
+    fn decide(&self, resolved: &Resolved, route: &Route) -> Decision {
+        let ip = self.conn.client.ip();
+        let permit = route.authorizations.iter().enumerate().find(|(_, authz)| authz.permits(ip, &self.conn.tls));
+        let Some((authz, permit)) = permit else {
+            return Decision::Deny { denied: resolved.metrics.http_deny(&route.meta) };
+        };
+        let route_metrics = (self.conn.kind == Kind::App).then(|| {
+            let labels = InboundRouteLabels {
+                parent: resolved.prepared.policy.meta.clone(),
+                parent_port: self.conn.port.number(),
+                route: route.meta.clone(),
+            };
+            let kind = match resolved.prepared.policy.protocol {
+                Protocol::Grpc(_) => RouteKind::Grpc,
+                _ => RouteKind::Http,
+            };
+            self.guard.telemetry.inbound_route(kind, labels)
+        });
+        Decision::Allow {
+            allowed: resolved.metrics.http_allow(&route.meta, &permit.meta),
+            handles: Handles { endpoint: self.endpoint(resolved, route, authz, None), route: route_metrics },
+            audit: permit.audit,
+            authz,
+        }
+    }
+
+    fn endpoint(
+        &self,
+        resolved: &Resolved,
+        route: &Route,
+        authz: usize,
+        authority: Option<Arc<str>>,
+    ) -> Arc<crate::telemetry::EndpointMetrics> {
+        let policy = &resolved.prepared.policy;
+        self.guard.telemetry.endpoint(EndpointLabels::Inbound {
+            authority,
+            target: self.conn.target,
+            tls: self.conn.tls.clone(),
+            srv: policy.meta.clone(),
+            srv_port: self.conn.port.number(),
+            route: route.meta.clone(),
+            authz: route.authorizations.get(authz).map_or_else(|| policy.meta.clone(), |authz| authz.meta.clone()),
+        })
+    }
+
+    /// Handles with the `authority` label of the `unsafe` setting, looked up per request.
+    fn labelled(
+        &self,
+        resolved: &Resolved,
+        route: &Route,
+        authz: usize,
+        handles: &Handles,
+        req: &Request<Body>,
+    ) -> Handles {
+        match (self.conn.kind, logical_name(req)) {
+            (Kind::App, Some(name)) => {
+                Handles { endpoint: self.endpoint(resolved, route, authz, Some(name)), ..handles.clone() }
+            }
+            _ => handles.clone(),
+        }
+    }
+
+    fn case<'a>(&'a self, resolved: &'a Resolved, route: Option<&'a Route>) -> Case<'a> {
+        Case {
+            client: self.conn.client,
+            tls: &self.conn.tls,
+            server: &resolved.prepared.policy.meta,
+            route: route.map(|route| &route.meta),
+            authorizations: route.map_or(&[], |route| &route.authorizations),
+        }
+    }
+}
+
+impl Resolved {
+    fn new(guard: &Guard, conn: &Connection, prepared: Arc<Prepared>) -> Self {
+        let metrics = guard.telemetry.inbound_server(ServerLabels {
+            target: conn.target,
+            srv: prepared.policy.meta.clone(),
+            srv_port: conn.port.number(),
+            tls: conn.tls.clone(),
+        });
+        let routes = match policy::http(&prepared.policy) {
+            HttpRoutes::Routes(routes) => routes.len(),
+            HttpRoutes::Invalid(_) => 0,
+        };
+        Self {
+            metrics,
+            share: prepared.limits.as_ref().map(|limits| limits.share(conn.tls.client_id())),
+            routes: (0..routes).map(|_| OnceLock::new()).collect(),
+            prepared,
+        }
+    }
+}
+
+fn route<B>(routes: &[Route], req: &Request<B>) -> Option<Match> {
+    best_match(
+        routes.iter().map(|route| (&*route.hosts, route.rules.iter().map(|rule| &*rule.matches))),
+        Precedence::Linkerd,
+        req,
+    )
+}
+
+/// The name that a request is for: `l5d-dst-canonical`, else the authority, else Host; names only, never addresses.
+fn logical_name(req: &Request<Body>) -> Option<Arc<str>> {
+    let header = |name: &str| req.headers().get(name).and_then(|value| value.to_str().ok());
+    let is_name = |name: &&str| {
+        let host = name.rsplit_once(':').map_or(*name, |(host, _)| host);
+        host.parse::<linkerd_tls::ServerName>().is_ok()
+    };
+    header("l5d-dst-canonical")
+        .filter(is_name)
+        .or_else(|| req.uri().authority().map(|authority| authority.as_str()))
+        .or_else(|| header("host"))
+        .filter(is_name)
+        .map(|name| name.trim_end_matches('.').to_ascii_lowercase().into())
+}

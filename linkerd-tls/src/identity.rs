@@ -1,0 +1,548 @@
+//! The identity of this process: one writer that installs what issuers hand over, many readers that shake hands with it.
+//!
+//! Readers see a change at their next handshake; connections that exist keep what they were made with. TLS 1.3 alone, no
+//! 0-RTT, and for now no resumption: tickets would have to be bound to the identity they were issued to and die with the
+//! anchors or certificate that vouched for it, so their store belongs into `State`, which is rebuilt on each such change.
+
+use crate::{
+    Certificate, ClientIo, Id, ServerIo, ServerName, TrustAnchors,
+    error::{Error, Invalid},
+    verify::{self, ClientVerifier, ServerVerifier},
+};
+use arc_swap::ArcSwap;
+use rustls::{
+    ClientConfig, ServerConfig, SignatureAlgorithm,
+    client::Resumption,
+    crypto::{CryptoProvider, aws_lc_rs},
+    pki_types::{self, CertificateDer},
+    sign::{CertifiedKey, SingleCertAndKey},
+};
+use std::{
+    fmt,
+    sync::{Arc, LazyLock},
+    time::{Duration, SystemTime},
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::watch,
+    time::timeout,
+};
+
+/// The one ALPN value of the mesh: a transport header may follow the handshake (behaviour.md A.5).
+pub const TRANSPORT_HEADER_ALPN: &[u8] = b"transport.l5d.io/v1";
+
+/// Longest time that a client may take over its side of a handshake. The same bound as for detection: a client that is
+/// this slow holds a socket and buffers for nothing.
+pub const ACCEPT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Algorithms of behaviour.md B.1, in order of preference.
+static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
+    use aws_lc_rs::{cipher_suite as suite, kx_group as group};
+    Arc::new(CryptoProvider {
+        cipher_suites: vec![
+            suite::TLS13_AES_128_GCM_SHA256,
+            suite::TLS13_AES_256_GCM_SHA384,
+            suite::TLS13_CHACHA20_POLY1305_SHA256,
+        ],
+        kx_groups: vec![group::X25519MLKEM768, group::X25519, group::SECP256R1, group::SECP384R1],
+        signature_verification_algorithms: verify::ALGORITHMS,
+        ..aws_lc_rs::default_provider()
+    })
+});
+
+/// What a listener offers.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Alpn {
+    /// Nothing: ordinary connections.
+    None,
+    /// Exactly `transport.l5d.io/v1`: connections to the proxy's own port.
+    TransportHeader,
+}
+
+/// What the handshake told about a client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Accepted {
+    /// The first DNS or URI name of its certificate that is an identity; none if it showed no certificate.
+    pub client_id: Option<Id>,
+    /// Whether a transport header follows.
+    pub transport_header: bool,
+}
+
+/// Whom to connect to.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ClientTls {
+    /// Must be among the names of the server's certificate.
+    pub server_id: Id,
+    /// SNI.
+    pub server_name: ServerName,
+    /// Whether to offer to send a transport header.
+    pub transport_header: bool,
+}
+
+/// What the handshake told about a server.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Connected {
+    /// Whether the server takes a transport header; it was offered and chosen.
+    pub transport_header: bool,
+}
+
+/// Installs certificates and trust anchors.
+#[derive(Debug)]
+pub struct Writer {
+    shared: Arc<Shared>,
+    expiry: watch::Sender<Option<SystemTime>>,
+}
+
+/// Shakes hands with what is installed. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Reader {
+    shared: Arc<Shared>,
+    expiry: watch::Receiver<Option<SystemTime>>,
+}
+
+struct Shared {
+    id: Id,
+    server_name: ServerName,
+    state: ArcSwap<State>,
+}
+
+/// Everything that depends on certificate and anchors; built anew when either changes.
+struct State {
+    roots: TrustAnchors,
+    certificate: Option<Installed>,
+    /// Present with a certificate.
+    server: Option<Server>,
+    /// Verifies nobody: each connection puts in the verifier for the identity that it demands.
+    client: ClientConfig,
+}
+
+#[derive(Clone)]
+struct Installed {
+    key: Arc<CertifiedKey>,
+    expiry: SystemTime,
+}
+
+struct Server {
+    plain: Arc<ServerConfig>,
+    transport_header: Arc<ServerConfig>,
+}
+
+/// The identity of a process that has no certificate yet.
+pub fn channel(id: Id, server_name: ServerName, roots: TrustAnchors) -> (Writer, Reader) {
+    let state = ArcSwap::from_pointee(State::new(roots, None));
+    let shared = Arc::new(Shared { id, server_name, state });
+    let (tx, rx) = watch::channel(None);
+    (Writer { shared: shared.clone(), expiry: tx }, Reader { shared, expiry: rx })
+}
+
+impl Writer {
+    /// Own identity.
+    pub fn id(&self) -> &Id {
+        &self.shared.id
+    }
+
+    /// The anchors in force.
+    pub fn trust_anchors(&self) -> TrustAnchors {
+        self.shared.state.load().roots.clone()
+    }
+
+    /// Installs a certificate.
+    ///
+    /// # Errors
+    /// When it does not chain to the trust anchors in force, is not valid now, does not hold the own identity, or its
+    /// key does not fit or can't be used. The certificate before stays in force.
+    pub fn set_certificate(&mut self, certificate: Certificate) -> Result<(), Error> {
+        self.set(self.trust_anchors(), certificate)
+    }
+
+    /// Replaces the trust anchors. The certificate stays as it is, even if peers with the new anchors alone would refuse
+    /// it: those with the old ones still take it.
+    pub fn set_trust_anchors(&mut self, roots: TrustAnchors) {
+        let certificate = self.shared.state.load().certificate.clone();
+        self.shared.state.store(Arc::new(State::new(roots, certificate)));
+    }
+
+    /// Replaces anchors and certificate in one step, so that no handshake sees the one without the other.
+    ///
+    /// # Errors
+    /// As [`Writer::set_certificate`], against the new anchors. Nothing changes then.
+    pub fn set(&mut self, roots: TrustAnchors, certificate: Certificate) -> Result<(), Error> {
+        let installed = Installed::new(&roots, certificate, &self.shared.id)?;
+        let expiry = installed.expiry;
+        self.shared.state.store(Arc::new(State::new(roots, Some(installed))));
+        self.expiry.send_replace(Some(expiry));
+        Ok(())
+    }
+
+    /// Another reading end.
+    pub fn reader(&self) -> Reader {
+        Reader { shared: self.shared.clone(), expiry: self.expiry.subscribe() }
+    }
+}
+
+impl Reader {
+    /// Own identity.
+    pub fn id(&self) -> &Id {
+        &self.shared.id
+    }
+
+    /// The SNI that is terminated here.
+    pub fn server_name(&self) -> &ServerName {
+        &self.shared.server_name
+    }
+
+    /// Ends with the first certificate. When the writer goes away before that it never ends.
+    pub async fn ready(&self) {
+        let mut expiry = self.expiry.clone();
+        if expiry.wait_for(Option::is_some).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Whether there is a certificate.
+    pub fn is_ready(&self) -> bool {
+        self.expiry.borrow().is_some()
+    }
+
+    /// When the certificate in force ceases to be valid.
+    pub fn expiry(&self) -> Option<SystemTime> {
+        *self.expiry.borrow()
+    }
+
+    /// Follows the expiry, which changes with each new certificate.
+    pub fn watch_expiry(&self) -> watch::Receiver<Option<SystemTime>> {
+        self.expiry.clone()
+    }
+
+    /// How many trust anchors are in force.
+    pub fn trust_anchor_count(&self) -> usize {
+        self.shared.state.load().roots.count()
+    }
+
+    /// Terminates TLS. Dropping the future drops the connection.
+    ///
+    /// # Errors
+    /// Without a certificate, when the client's certificate is refused, when the handshake fails otherwise, and when it
+    /// takes longer than [`ACCEPT_TIMEOUT`].
+    pub async fn accept<I>(&self, io: I, alpn: Alpn) -> Result<(Accepted, ServerIo<I>), Error>
+    where
+        I: AsyncRead + AsyncWrite + Unpin,
+    {
+        let config = match (&self.shared.state.load().server, alpn) {
+            (None, _) => return Err(Error::NoCertificate),
+            (Some(server), Alpn::None) => server.plain.clone(),
+            (Some(server), Alpn::TransportHeader) => server.transport_header.clone(),
+        };
+        let io = timeout(ACCEPT_TIMEOUT, tokio_rustls::TlsAcceptor::from(config).accept(io))
+            .await
+            .map_err(|_| Error::HandshakeTimeout(ACCEPT_TIMEOUT))?
+            .map_err(Error::handshake)?;
+        let session = io.get_ref().1;
+        let client_id = match session.peer_certificates().and_then(|chain| chain.first()) {
+            Some(leaf) => verify::ids(leaf).map_err(Error::Peer)?.into_iter().next(),
+            None => None,
+        };
+        let transport_header = session.alpn_protocol() == Some(TRANSPORT_HEADER_ALPN);
+        Ok((Accepted { client_id, transport_header }, ServerIo::new(io)))
+    }
+
+    /// Originates TLS; shows the own certificate once there is one. The caller bounds the time. Dropping the future drops
+    /// the connection.
+    ///
+    /// # Errors
+    /// When the server's certificate is refused (another identity among others), or the handshake fails otherwise.
+    pub async fn connect<I>(&self, io: I, server: &ClientTls) -> Result<(Connected, ClientIo<I>), Error>
+    where
+        I: AsyncRead + AsyncWrite + Unpin,
+    {
+        let name = pki_types::ServerName::try_from(server.server_name.as_str().to_owned())
+            .map_err(|e| Error::Handshake(std::io::Error::new(std::io::ErrorKind::InvalidInput, e)))?;
+        let config = {
+            let state = self.shared.state.load();
+            let mut config = state.client.clone();
+            let (roots, id) = (state.roots.clone(), Some(server.server_id.clone()));
+            config.dangerous().set_certificate_verifier(Arc::new(ServerVerifier { roots, id }));
+            if server.transport_header {
+                config.alpn_protocols = vec![TRANSPORT_HEADER_ALPN.to_vec()];
+            }
+            config
+        };
+        let io =
+            tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, io).await.map_err(Error::handshake)?;
+        let transport_header = io.get_ref().1.alpn_protocol() == Some(TRANSPORT_HEADER_ALPN);
+        Ok((Connected { transport_header }, ClientIo::new(io)))
+    }
+}
+
+impl Installed {
+    fn new(roots: &TrustAnchors, certificate: Certificate, id: &Id) -> Result<Self, Invalid> {
+        let Certificate { leaf, intermediates, key_pkcs8, expiry } = certificate;
+        let leaf = CertificateDer::from(leaf);
+        let intermediates: Vec<_> = intermediates.into_iter().map(CertificateDer::from).collect();
+        verify::own(roots, &leaf, &intermediates, id)?;
+        if let Ok(past) = SystemTime::now().duration_since(expiry) {
+            return Err(Invalid::Expired(past));
+        }
+        let key =
+            PROVIDER.key_provider.load_private_key(key_pkcs8.to_rustls()).map_err(|e| Invalid::Key(e.to_string()))?;
+        if key.algorithm() == SignatureAlgorithm::RSA {
+            return Err(Invalid::RsaKey);
+        }
+        if key.choose_scheme(&verify::ALGORITHMS.supported_schemes()).is_none() {
+            return Err(Invalid::Key("peers verify no signature of its kind; use ECDSA P-256".into()));
+        }
+        let chain = std::iter::once(leaf).chain(intermediates).collect();
+        let key = CertifiedKey::new(chain, key);
+        match key.keys_match() {
+            Ok(()) | Err(rustls::Error::InconsistentKeys(rustls::InconsistentKeys::Unknown)) => {}
+            Err(_) => return Err(Invalid::KeyMismatch),
+        }
+        Ok(Self { key: Arc::new(key), expiry })
+    }
+}
+
+impl State {
+    fn new(roots: TrustAnchors, certificate: Option<Installed>) -> Self {
+        let server = certificate.as_ref().map(|certificate| Server {
+            plain: Arc::new(server_config(&roots, certificate, Alpn::None)),
+            transport_header: Arc::new(server_config(&roots, certificate, Alpn::TransportHeader)),
+        });
+        let client = client_config(&roots, certificate.as_ref());
+        Self { roots, certificate, server, client }
+    }
+}
+
+/// States the invariant behind the two builders.
+const TLS13: &str = "the provider has TLS 1.3 suites and groups";
+
+fn server_config(roots: &TrustAnchors, certificate: &Installed, alpn: Alpn) -> ServerConfig {
+    let mut config = ServerConfig::builder_with_provider(PROVIDER.clone())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .expect(TLS13)
+        .with_client_cert_verifier(Arc::new(ClientVerifier { roots: roots.clone() }))
+        .with_cert_resolver(Arc::new(SingleCertAndKey::from(certificate.key.clone())));
+    if alpn == Alpn::TransportHeader {
+        config.alpn_protocols = vec![TRANSPORT_HEADER_ALPN.to_vec()];
+    }
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+    config
+}
+
+fn client_config(roots: &TrustAnchors, certificate: Option<&Installed>) -> ClientConfig {
+    let config = ClientConfig::builder_with_provider(PROVIDER.clone())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .expect(TLS13)
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(ServerVerifier { roots: roots.clone(), id: None }));
+    let mut config = match certificate {
+        Some(certificate) => {
+            config.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(certificate.key.clone())))
+        }
+        None => config.with_no_client_auth(),
+    };
+    config.resumption = Resumption::disabled();
+    config
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = self.state.load();
+        f.debug_struct("Identity")
+            .field("id", &self.id)
+            .field("server_name", &self.server_name)
+            .field("roots", &state.roots)
+            .field("expiry", &state.certificate.as_ref().map(|c| c.expiry))
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ca::tests::Folder;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
+    const WEB: &str = "web.shop.serviceaccount.identity.linkerd.cluster.local";
+    const SPIFFE: &str = "spiffe://cluster.local/machine";
+
+    fn id(name: &str) -> Id {
+        name.parse().unwrap()
+    }
+
+    fn bare(folder: &Folder, name: &str) -> (Writer, Reader) {
+        let (roots, _) = TrustAnchors::from_pem(&folder.ca_pem()).unwrap();
+        let id = id(name);
+        let server_name = id.to_server_name().unwrap_or_else(|| "machine".parse().unwrap());
+        channel(id, server_name, roots)
+    }
+
+    fn certified(folder: &Folder, name: &str) -> (Writer, Reader) {
+        let (mut tx, rx) = bare(folder, name);
+        tx.set_certificate(folder.issuer().issue(&id(name)).unwrap()).unwrap();
+        (tx, rx)
+    }
+
+    fn target(server: &Reader, transport_header: bool) -> ClientTls {
+        ClientTls { server_id: server.id().clone(), server_name: server.server_name().clone(), transport_header }
+    }
+
+    /// Shakes hands, sends a byte each way, and returns what both ends learned.
+    async fn shake(
+        client: &Reader,
+        to: &ClientTls,
+        server: &Reader,
+        alpn: Alpn,
+    ) -> (Result<Connected, Error>, Result<Accepted, Error>) {
+        let (a, b) = duplex(64 * 1024);
+        let connect = async {
+            let (connected, mut io) = client.connect(a, to).await?;
+            let exchange = async {
+                io.write_all(b"x").await?;
+                io.flush().await?;
+                io.read_u8().await
+            };
+            exchange.await.map_err(Error::handshake)?;
+            Ok(connected)
+        };
+        let accept = async {
+            let (accepted, mut io) = server.accept(b, alpn).await?;
+            let exchange = async {
+                io.read_u8().await?;
+                io.write_all(b"y").await?;
+                io.flush().await
+            };
+            exchange.await.map_err(Error::handshake)?;
+            Ok(accepted)
+        };
+        tokio::join!(connect, accept)
+    }
+
+    #[tokio::test]
+    async fn both_ends_prove_who_they_are() {
+        let folder = Folder::new("mutual");
+        let ((_w, web), (_m, machine)) = (certified(&folder, WEB), certified(&folder, SPIFFE));
+        for (client, server) in [(&web, &machine), (&machine, &web)] {
+            let (connected, accepted) = shake(client, &target(server, false), server, Alpn::None).await;
+            assert_eq!(connected.unwrap(), Connected { transport_header: false });
+            assert_eq!(accepted.unwrap(), Accepted { client_id: Some(client.id().clone()), transport_header: false });
+        }
+    }
+
+    #[tokio::test]
+    async fn the_transport_header_is_negotiated_by_alpn() {
+        let folder = Folder::new("alpn");
+        let (_w, web) = certified(&folder, WEB);
+        for (offered, alpn, expected) in [
+            (true, Alpn::TransportHeader, true),
+            (true, Alpn::None, false),
+            (false, Alpn::TransportHeader, false),
+            (false, Alpn::None, false),
+        ] {
+            let (connected, accepted) = shake(&web, &target(&web, offered), &web, alpn).await;
+            assert_eq!((connected.unwrap().transport_header, accepted.unwrap().transport_header), (expected, expected));
+        }
+    }
+
+    #[tokio::test]
+    async fn clients_without_a_certificate_have_no_identity() {
+        let folder = Folder::new("anonymous");
+        let ((_w, web), (_n, nobody)) = (certified(&folder, WEB), bare(&folder, "new.example"));
+        let (connected, accepted) = shake(&nobody, &target(&web, false), &web, Alpn::None).await;
+        connected.unwrap();
+        assert_eq!(accepted.unwrap().client_id, None);
+        let (_, accepted) = shake(&web, &target(&nobody, false), &nobody, Alpn::None).await;
+        assert!(matches!(accepted, Err(Error::NoCertificate)));
+    }
+
+    #[tokio::test]
+    async fn servers_must_hold_the_demanded_identity() {
+        let folder = Folder::new("demand");
+        let (_w, web) = certified(&folder, WEB);
+        let other = ClientTls { server_id: id("db.example"), ..target(&web, false) };
+        let (connected, accepted) = shake(&web, &other, &web, Alpn::None).await;
+        match connected {
+            Err(Error::Peer(Invalid::Id { expected, found })) => {
+                assert_eq!((expected, &found[..]), (id("db.example"), &[id(WEB)][..]));
+            }
+            other => panic!("{other:?}"),
+        }
+        accepted.unwrap_err();
+    }
+
+    #[tokio::test]
+    async fn strangers_are_refused_until_their_anchors_are_trusted() {
+        let (ours, theirs) = (Folder::new("ours"), Folder::new("theirs"));
+        let ((mut w, web), (mut s, stranger)) = (certified(&ours, WEB), certified(&theirs, WEB));
+        let (connected, _) = shake(&stranger, &target(&web, false), &web, Alpn::None).await;
+        assert!(matches!(connected, Err(Error::Peer(Invalid::Untrusted))), "{connected:?}");
+        let (both, _) = TrustAnchors::from_pem(&(ours.ca_pem() + &theirs.ca_pem())).unwrap();
+        s.set_trust_anchors(both.clone());
+        let (_, accepted) = shake(&stranger, &target(&web, false), &web, Alpn::None).await;
+        assert!(matches!(accepted, Err(Error::Peer(Invalid::Untrusted))), "{accepted:?}");
+        w.set_trust_anchors(both);
+        let (connected, accepted) = shake(&stranger, &target(&web, false), &web, Alpn::None).await;
+        connected.unwrap();
+        accepted.unwrap();
+    }
+
+    #[tokio::test]
+    async fn certificates_that_peers_would_refuse_are_not_installed() {
+        let (folder, other) = (Folder::new("own"), Folder::new("foreign"));
+        let (mut tx, rx) = bare(&folder, WEB);
+        let issuer = folder.issuer();
+        let mut refused = |certificate| match tx.set_certificate(certificate) {
+            Err(Error::Invalid(invalid)) => invalid,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(refused(other.issuer().issue(&id(WEB)).unwrap()), Invalid::Untrusted);
+        assert!(matches!(refused(issuer.issue(&id("db.example")).unwrap()), Invalid::Id { .. }));
+        let mut swapped = issuer.issue(&id(WEB)).unwrap();
+        swapped.key_pkcs8 = crate::csr::generate_key().unwrap();
+        assert_eq!(refused(swapped), Invalid::KeyMismatch);
+        let mut past = issuer.issue(&id(WEB)).unwrap();
+        past.expiry = SystemTime::now() - Duration::from_secs(9);
+        assert!(matches!(refused(past), Invalid::Expired(_)));
+        let mut chainless = issuer.issue(&id(WEB)).unwrap();
+        chainless.intermediates.clear();
+        assert_eq!(refused(chainless), Invalid::Untrusted);
+        assert!(!rx.is_ready());
+
+        let good = issuer.issue(&id(WEB)).unwrap();
+        let expiry = good.expiry;
+        tx.set_certificate(good).unwrap();
+        rx.ready().await;
+        assert_eq!(rx.expiry(), Some(expiry));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn slow_clients_do_not_hold_a_handshake() {
+        let folder = Folder::new("slow");
+        let (_w, web) = certified(&folder, WEB);
+        let (_held, server) = duplex(64);
+        let error = web.accept(server, Alpn::None).await.unwrap_err();
+        assert!(matches!(error, Error::HandshakeTimeout(ACCEPT_TIMEOUT)), "{error}");
+    }
+
+    #[tokio::test]
+    async fn only_tls_13_with_the_hybrid_group_first() {
+        let folder = Folder::new("hello");
+        let (_w, web) = certified(&folder, WEB);
+        let (a, mut b) = duplex(64 * 1024);
+        let connect = tokio::spawn(async move { web.connect(a, &target(&web, true)).await.map(drop) });
+        let mut hello = vec![0; 5];
+        b.read_exact(&mut hello).await.unwrap();
+        let mut body = vec![0; u16::from_be_bytes([hello[3], hello[4]]).into()];
+        b.read_exact(&mut body).await.unwrap();
+        hello.extend(body);
+        assert_eq!(crate::detect::sni(&hello), crate::detect::Sni::Name(WEB.into()));
+        let has = |needle: &[u8]| hello.windows(needle.len()).any(|w| w == needle);
+        assert!(has(&[0x13, 1, 0x13, 2, 0x13, 3]), "suites");
+        assert!(has(&[0x00, 0x0a, 0, 10, 0, 8, 0x11, 0xec, 0, 29, 0, 23, 0, 24]), "groups");
+        assert!(has(&[0x00, 0x2b, 0, 3, 2, 3, 4]), "versions");
+        assert!(has(&[5, 3, 4, 3, 6, 3, 8, 7, 6, 1, 5, 1, 4, 1]), "signatures");
+        assert!(has(TRANSPORT_HEADER_ALPN));
+        drop(b);
+        connect.await.unwrap().unwrap_err();
+    }
+}
