@@ -1,6 +1,7 @@
 //! The proxy: configuration, policy, its two sources, inbound, outbound, admin. The only place where stages are joined.
 
 pub mod admin;
+pub mod await_ready;
 pub mod config;
 pub mod control;
 pub mod error;
@@ -12,3 +13,4 @@ pub mod policy;
 pub mod redirect;
 pub mod telemetry;
 pub mod transport;
+pub mod validate;
