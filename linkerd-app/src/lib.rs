@@ -3,6 +3,7 @@
 pub mod admin;
 pub mod await_ready;
 pub mod config;
+pub mod control;
 pub mod error;
 pub mod gateway;
 pub mod http;
