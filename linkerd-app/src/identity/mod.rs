@@ -9,6 +9,8 @@ pub mod documents;
 pub mod folder;
 mod schedule;
 
+pub use linkerd_tls::ca::{Init, init};
+
 pub use self::{
     certify::{Certified, Certify, Certifying},
     folder::Folder,
