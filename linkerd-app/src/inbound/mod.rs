@@ -15,6 +15,9 @@ mod opaque;
 pub mod policy;
 mod tls;
 
+#[cfg(test)]
+mod tests;
+
 use self::{accept::Conn, detect::Protocol, local::Locals, tls::Secured};
 use crate::{
     config,
