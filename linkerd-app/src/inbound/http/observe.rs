@@ -3,10 +3,7 @@
 
 use crate::{
     error::{Cause, Error},
-    http::{
-        Rescue,
-        classify::{Judgement, Rule},
-    },
+    http::{Rescue, classify::Rule},
     telemetry::{Class, EndpointMetrics, InboundRouteMetrics},
 };
 use ::http::{HeaderMap, Response, StatusCode};
@@ -64,8 +61,8 @@ pub(super) fn request(handles: Handles, rule: Rule, body: Body) -> (Observed, Bo
 impl Observed {
     /// There is an error instead of a response.
     pub(super) fn failed(self, cause: &Cause) {
-        let judged = Judgement::failed(cause);
-        self.handles.endpoint.response(None, class(judged));
+        let judged = Class::error(cause);
+        self.handles.endpoint.response(None, judged);
         if let Some(route) = &self.handles.route {
             route.ended(None, self.start.elapsed(), self.after_sent());
         }
@@ -89,10 +86,6 @@ impl Observed {
     fn after_sent(&self) -> std::time::Duration {
         self.sent.lock().map(|at| at.elapsed()).unwrap_or_default()
     }
-}
-
-fn class(judged: Judgement) -> Class {
-    Class { success: judged.success, grpc_status: judged.grpc_status, error: judged.error }
 }
 
 /// Notes when the request was sent or dropped.
@@ -154,7 +147,7 @@ struct Report {
     observed: Observed,
     status: StatusCode,
     /// None while trailers may decide.
-    judged: Option<Judgement>,
+    judged: Option<Class>,
     grpc: Option<u16>,
     first: bool,
     done: bool,
@@ -178,15 +171,15 @@ impl Report {
     /// An error as the first frame leaves no latency behind.
     fn error(&mut self, cause: &Cause) {
         self.first = false;
-        self.tell(Judgement::failed(cause));
+        self.tell(Class::error(cause));
     }
 
-    fn tell(&mut self, judged: Judgement) {
+    fn tell(&mut self, judged: Class) {
         if std::mem::replace(&mut self.done, true) {
             return;
         }
         let Observed { handles, rule, start, .. } = &self.observed;
-        handles.endpoint.response(Some(self.status.as_u16()), class(judged));
+        handles.endpoint.response(Some(self.status.as_u16()), judged);
         if let Some(route) = &handles.route {
             let status = match rule {
                 Rule::Grpc => self.grpc,
