@@ -5,8 +5,6 @@
 //! for what is better here: outbound stays open while inbound drains, the admin server stays until the end, and a
 //! second signal ends the process at once.
 
-mod joints;
-
 use crate::{
     admin::{self, Admin, Panels},
     config::{self, Config},
@@ -17,16 +15,14 @@ use crate::{
     outbound::Outbound,
     policy::Source,
     standalone::Standalone,
-    telemetry::{Condition, Telemetry, access::AccessLog, log, watchdog::Watchdog},
+    telemetry::{Condition, IdentityMetrics, Telemetry, access::AccessLog, log, watchdog::Watchdog},
     transport::{self, BindError, BoundListener},
 };
-use joints::{ControlMetrics, MeshTls};
 use linkerd_stack::{Ready, drain};
 use linkerd_tls::identity::Reader;
 use parking_lot::Mutex;
 use std::{
     collections::BTreeMap,
-    future::Future,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -114,8 +110,14 @@ impl App {
         let Parts { config, home, telemetry, access_log, log, env } = parts;
         let identity_config = config.identity.clone().ok_or(InitError::Missing("identity"))?;
         let (reader, task) = identity::prepare(&identity_config)?;
-        let metrics = Arc::new(ControlMetrics::new(&telemetry, &config));
-        let secure = Arc::new(MeshTls(reader.clone()));
+        let secure = Arc::new(reader.clone());
+        let metrics: Arc<dyn control::Observer> = match (&config.control, &identity_config.issuer) {
+            (Some(control), config::Issuer::Certify { client, .. }) => {
+                Arc::new(control::metrics::Metrics::new(&telemetry, control, Some(client)))
+            }
+            (Some(control), _) => Arc::new(control::metrics::Metrics::new(&telemetry, control, None)),
+            (None, _) => Arc::new(()),
+        };
         let panels = Panels::default();
         let is_gateway = !config.gateway.suffixes.0.is_empty();
         let admin_port = config.admin.listen.addr.port();
@@ -222,16 +224,12 @@ impl App {
         Ok((app, daemon))
     }
 
-    /// Serves until asked to stop, then drains. `signal` yields the name of each signal that arrives; the first drains,
+    /// Serves until asked to stop, then drains. `signals` yields the name of each signal that arrives; the first drains,
     /// the second ends at once.
-    pub async fn serve<S, F>(mut self, mut signal: S)
-    where
-        S: FnMut() -> F,
-        F: Future<Output = &'static str>,
-    {
+    pub async fn serve(mut self, mut signals: mpsc::Receiver<&'static str>) {
         select! {
             biased;
-            () = self.asked(&mut signal) => {
+            () = wait(&mut self.shutdown, &mut signals) => {
                 // Nothing is being served, so there is nothing to drain.
                 tracing::info!("Shutting down before a certificate was issued");
                 return;
@@ -249,7 +247,7 @@ impl App {
         let (inbound, listener) = self.inbound;
         tokio::spawn(inbound.serve(listener, inbound_watch));
 
-        wait(&mut ask, &mut signal).await;
+        wait(&mut ask, &mut signals).await;
         let started = Instant::now();
         let deadline = started + grace;
         let drained = async {
@@ -262,27 +260,15 @@ impl App {
                 Ok(()) => tracing::debug!(elapsed = ?started.elapsed(), "Drained"),
                 Err(_) => tracing::warn!(?grace, "Graceful shutdown timed out; the connections that are left are cut"),
             },
-            name = signal() => tracing::warn!("Received {name} again; the connections that are left are cut"),
+            Some(name) = signals.recv() => tracing::warn!("Received {name} again; the connections that are left are cut"),
         }
-    }
-
-    async fn asked<S, F>(&mut self, signal: &mut S)
-    where
-        S: FnMut() -> F,
-        F: Future<Output = &'static str>,
-    {
-        wait(&mut self.shutdown, signal).await;
     }
 }
 
 /// Ends when the process is asked to stop, by a signal or on the admin port.
-async fn wait<S, F>(ask: &mut mpsc::Receiver<()>, signal: &mut S)
-where
-    S: FnMut() -> F,
-    F: Future<Output = &'static str>,
-{
+async fn wait(ask: &mut mpsc::Receiver<()>, signals: &mut mpsc::Receiver<&'static str>) {
     select! {
-        name = signal() => tracing::info!("Received {name}; draining"),
+        Some(name) = signals.recv() => tracing::info!("Received {name}; draining"),
         Some(()) = ask.recv() => tracing::info!("Shutdown requested on the admin port; draining"),
     }
 }
@@ -302,10 +288,19 @@ impl Daemon {
         match self.certificate {
             Certificate::Folder(folder) => folder.run(observer).await,
             Certificate::Certify(certifying, certifier) => certifying.run(certifier, observer).await,
-            Certificate::Spire(agent, installer) => joints::spire(agent, installer, observer).await,
+            Certificate::Spire(agent, installer) => spire::run(agent, installer, observer).await,
         }
         // The admin server's tasks belong to this runtime, which ends with this future.
         std::future::pending::<()>().await;
+    }
+}
+
+impl identity::Observer for IdentityMetrics {
+    fn refreshed(&self, result: Result<SystemTime, ()>) {
+        match result {
+            Ok(expiry) => Self::refreshed(self, expiry),
+            Err(()) => self.failed(),
+        }
     }
 }
 
@@ -365,6 +360,8 @@ fn watch_control(control: &Arc<Control>, telemetry: &Telemetry, panels: &Panels)
         lookups.iter().map(|lookup| serde_json::Value::String(format!("{lookup:?}"))).collect()
     });
 }
+
+fn watch_manifests(_: &Arc<Standalone>, _: &Telemetry, _: &Panels) {}
 
 /// Asks the watchdog now and then; what it says is a health condition.
 async fn watch_workers(mut watchdog: Watchdog, telemetry: Telemetry) {
