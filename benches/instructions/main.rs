@@ -1,0 +1,2 @@
+//! Counts instructions.
+fn main() {}

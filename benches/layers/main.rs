@@ -1,0 +1,2 @@
+//! Benches of layers.
+fn main() {}
