@@ -8,7 +8,11 @@ use super::{
     client::{self, Client, Options, dns, tls::Secure},
     stream,
 };
-use crate::config;
+use crate::{
+    config,
+    identity::{Certified, Certify},
+};
+use futures_util::future::BoxFuture;
 use linkerd_tls::ServerName;
 use linkerd2_proxy_api::identity::{CertifyRequest, identity_client::IdentityClient};
 use std::{
@@ -22,17 +26,6 @@ use tokio::time;
 const ATTEMPT_LIMIT: Duration = Duration::from_secs(10);
 /// Largest token that is read, bytes; a service-account token has about 1,500.
 const MAX_TOKEN: u64 = 64 * 1024;
-
-/// A certificate as the controller issued it, not verified yet.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Certified {
-    /// The leaf, DER.
-    pub leaf: Vec<u8>,
-    /// What chains it to a trust anchor, DER.
-    pub intermediates: Vec<Vec<u8>>,
-    /// When it expires.
-    pub expiry: SystemTime,
-}
 
 /// Client of the identity controller.
 pub struct Certifier {
@@ -60,12 +53,7 @@ impl Certifier {
         Self { name, token_file, addr, connect, secure, dns: Arc::new(dns::System::new(dns)), observer }
     }
 
-    /// Asks for a certificate once. The token is read anew each time: it is rotated by others. Dropping the future
-    /// abandons the attempt.
-    ///
-    /// # Errors
-    /// In words: what failed, and with what.
-    pub async fn certify(&self, csr: &[u8]) -> Result<Certified, String> {
+    async fn attempt(&self, csr: &[u8]) -> Result<Certified, String> {
         let token = read_token(&self.token_file).await?;
         let client = Client::new(Options {
             service: ControlService::Identity,
@@ -94,6 +82,12 @@ impl Certifier {
             return Err("identity controller's answer has no certificate".to_string());
         }
         Ok(Certified { leaf: response.leaf_certificate, intermediates: response.intermediate_certificates, expiry })
+    }
+}
+
+impl Certify for Certifier {
+    fn certify<'a>(&'a self, csr_der: &'a [u8]) -> BoxFuture<'a, Result<Certified, String>> {
+        Box::pin(self.attempt(csr_der))
     }
 }
 

@@ -18,6 +18,7 @@ mod client;
 mod convert;
 pub mod defaults;
 mod discovery;
+pub mod metrics;
 mod record;
 mod resolve;
 mod server;

@@ -4,12 +4,13 @@
 //! restarts, is waited for; the last identity stays in use meanwhile. The four messages are written out here.
 
 use super::stream;
+use crate::identity::{Installer, Observer};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use http::{Request, Response, Uri};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use linkerd_stack::backoff::Backoff;
-use linkerd_tls::Id;
+use linkerd_tls::{Certificate, Id, Key};
 use std::{
     fmt,
     path::PathBuf,
@@ -24,34 +25,14 @@ use tonic::{Code, Status, metadata::MetadataValue};
 
 /// How long connecting to the socket may take: the agent is on this host.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
-/// Certificates of one chain or bundle that are taken.
+/// Certificates of one chain that are taken.
 const MAX_CERTIFICATES: usize = 64;
-
-/// A workload's identity.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Svid {
-    /// The certificate, DER.
-    pub leaf: Vec<u8>,
-    /// What chains it to the bundle, DER.
-    pub intermediates: Vec<Vec<u8>>,
-    /// The private key, PKCS#8 DER.
-    pub key_pkcs8: Vec<u8>,
-    /// The trust domain's roots, DER.
-    pub bundle: Vec<Vec<u8>>,
-}
-
-/// Without the key.
-impl fmt::Debug for Svid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Svid").field("leaf_bytes", &self.leaf.len()).finish_non_exhaustive()
-    }
-}
 
 /// What comes of following the agent.
 #[derive(Debug)]
 pub enum Event {
-    /// A new identity.
-    Svid(Svid),
+    /// A new identity; not verified yet.
+    Svid(Certificate),
     /// The agent is away or said something useless; it is asked again after `delay`.
     Failed {
         /// In words.
@@ -123,6 +104,41 @@ impl Agent {
     }
 }
 
+/// Installs every identity that the agent has for us, for the life of the process. What is installed stays in force
+/// through every failure. Ends only if the agent refuses for good.
+pub async fn run(mut agent: Agent, mut installer: Installer, observer: impl Observer) {
+    let mut waiting = false;
+    loop {
+        match agent.next().await {
+            Event::Svid(certificate) => {
+                waiting = false;
+                if let Err(error) = installer.install(None, certificate, &observer) {
+                    tracing::error!(id = %installer.id(), %error, "SVID is refused; the last one stays in force");
+                }
+            }
+            Event::Failed { reason, delay: Some(delay) } => {
+                // Loud once per outage, not per attempt: those are a second apart.
+                if waiting {
+                    tracing::debug!(reason, ?delay, "Still waiting for the SPIRE agent");
+                } else {
+                    tracing::warn!(reason, "Waiting for the SPIRE agent");
+                    observer.refreshed(Err(()));
+                }
+                waiting = true;
+            }
+            Event::Failed { reason, delay: None } => {
+                tracing::error!(reason, "SPIRE agent's answer can't be used");
+                observer.refreshed(Err(()));
+            }
+            Event::Refused(reason) => {
+                tracing::error!(reason, "SPIRE agent refuses; the process must be restarted once that is mended");
+                observer.refreshed(Err(()));
+                return;
+            }
+        }
+    }
+}
+
 /// Opens the stream of SVIDs.
 async fn fetch(socket: PathBuf) -> Result<tonic::Streaming<proto::X509SvidResponse>, Status> {
     let unavailable = |error: &dyn fmt::Display| Status::unavailable(error.to_string());
@@ -145,18 +161,20 @@ async fn fetch(socket: PathBuf) -> Result<tonic::Streaming<proto::X509SvidRespon
 }
 
 /// The SVID of the identity.
-fn pick(response: proto::X509SvidResponse, id: &Id) -> Result<Svid, String> {
+///
+/// Its bundle is not used: whom this proxy trusts is what the configuration says (contract.md 7.3), and the SVID must chain to
+/// that.
+fn pick(response: proto::X509SvidResponse, id: &Id) -> Result<Certificate, String> {
     let ids: Vec<_> = response.svids.iter().map(|svid| svid.spiffe_id.clone()).collect();
     let Some(svid) = response.svids.into_iter().find(|svid| svid.spiffe_id == id.as_str()) else {
         return Err(format!("SPIRE agent has no SVID for {id}, only for {ids:?}: check the registration entry"));
     };
-    let mut chain = split_der(&svid.x509_svid).ok_or_else(|| format!("SVID of {id} is not a chain of certificates"))?;
-    let bundle = split_der(&svid.bundle).ok_or_else(|| format!("bundle of {id} is not a list of certificates"))?;
+    let chain = split_der(&svid.x509_svid).ok_or_else(|| format!("SVID of {id} is not a chain of certificates"))?;
     if chain.is_empty() || svid.x509_svid_key.is_empty() {
         return Err(format!("SVID of {id} lacks its certificate or its key"));
     }
-    let leaf = chain.remove(0);
-    Ok(Svid { leaf, intermediates: chain, key_pkcs8: svid.x509_svid_key.into(), bundle })
+    let key = Key::from_pkcs8(svid.x509_svid_key.into());
+    Certificate::from_der(chain, key).map_err(|error| format!("SVID of {id}: {error}"))
 }
 
 /// Splits concatenated DER sequences (X.690, 8.1.3); none if they are anything else.
@@ -225,8 +243,6 @@ mod proto {
         pub(super) x509_svid: Bytes,
         #[prost(bytes = "bytes", tag = "3")]
         pub(super) x509_svid_key: Bytes,
-        #[prost(bytes = "bytes", tag = "4")]
-        pub(super) bundle: Bytes,
     }
 
     /// Without the key.
@@ -241,24 +257,31 @@ mod proto {
 mod tests {
     use super::*;
     use crate::policy::client;
+    use linkerd_tls::ca;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     const ID: &str = "spiffe://root/web";
 
+    /// What an agent says of a workload.
     fn response(id: &str) -> proto::X509SvidResponse {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        let dir = std::env::temp_dir().join(format!("spire-ca-{}-{n}", std::process::id()));
+        ca::init(&dir, &ca::Init::default()).unwrap();
+        let issued = ca::Issuer::load(&dir).unwrap().issue(&ID.parse().unwrap()).unwrap();
+        std::fs::remove_dir_all(dir).unwrap();
         let svid = proto::X509Svid {
             spiffe_id: id.into(),
-            x509_svid: Bytes::from_static(&[0x30, 1, 7, 0x30, 0x81, 1, 8]),
-            x509_svid_key: Bytes::from_static(b"secret"),
-            bundle: Bytes::from_static(&[0x30, 0]),
+            x509_svid: [issued.leaf, issued.intermediates.concat()].concat().into(),
+            x509_svid_key: issued.key_pkcs8.secret_der().to_vec().into(),
         };
         proto::X509SvidResponse { svids: vec![svid] }
     }
 
     #[test]
     fn chains_are_split() {
-        let svid = pick(response(ID), &ID.parse().unwrap()).unwrap();
-        assert_eq!((svid.leaf, svid.intermediates), (vec![0x30, 1, 7], vec![vec![0x30, 0x81, 1, 8]]));
-        assert_eq!(svid.bundle, [vec![0x30, 0]]);
+        let chain = [0x30, 1, 7, 0x30, 0x81, 1, 8];
+        assert_eq!(split_der(&chain).unwrap(), [vec![0x30, 1, 7], vec![0x30, 0x81, 1, 8]]);
         for bad in [
             &[0x31, 0][..],
             &[0x30],
@@ -279,8 +302,8 @@ mod tests {
 
     #[test]
     fn keys_are_not_printed() {
-        let svid = pick(response(ID), &ID.parse().unwrap()).unwrap();
-        assert!(!format!("{svid:?} {:?}", response(ID)).contains("115"), "bytes of the key");
+        let text = format!("{:?}", response(ID));
+        assert!(text.contains(ID) && !text.contains("key"), "{text}");
     }
 
     fn agent(name: &str) -> (Agent, PathBuf) {
@@ -313,8 +336,8 @@ mod tests {
             let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
             let _ = server.serve_connection(TokioIo::new(io), service).await;
         });
-        let Event::Svid(svid) = agent.next().await else { panic!() };
-        assert_eq!(svid.key_pkcs8, b"secret");
+        let Event::Svid(certificate) = agent.next().await else { panic!() };
+        assert_eq!(certificate.ids().unwrap(), [ID.parse().unwrap()]);
         // The agent ends the stream; it is asked again.
         assert!(matches!(agent.next().await, Event::Failed { delay: Some(_), .. }));
         std::fs::remove_file(socket).unwrap();

@@ -3,7 +3,10 @@
 
 use futures_util::future::BoxFuture;
 use linkerd_stack::BoxedIo;
-use linkerd_tls::Id;
+use linkerd_tls::{
+    Id,
+    identity::{ClientTls, Reader},
+};
 use std::io;
 use tokio::net::TcpStream;
 
@@ -18,4 +21,24 @@ pub trait Secure: Send + Sync + 'static {
     /// # Errors
     /// When the handshake fails, or the server is somebody else.
     fn connect(&self, io: TcpStream, server: &Id) -> BoxFuture<'static, io::Result<BoxedIo>>;
+}
+
+impl Secure for Reader {
+    fn ready(&self) -> BoxFuture<'static, ()> {
+        let identity = self.clone();
+        Box::pin(async move { Self::ready(&identity).await })
+    }
+
+    fn connect(&self, io: TcpStream, server: &Id) -> BoxFuture<'static, io::Result<BoxedIo>> {
+        let (identity, server_id) = (self.clone(), server.clone());
+        Box::pin(async move {
+            // Names of control-plane services are DNS names (contract.md 1.6).
+            let server_name = server_id.to_server_name().ok_or_else(|| {
+                io::Error::new(io::ErrorKind::InvalidInput, format!("{server_id} is no DNS name to ask for"))
+            })?;
+            let server = ClientTls { server_id, server_name, transport_header: false };
+            let (_, io) = Self::connect(&identity, io, &server).await.map_err(io::Error::other)?;
+            Ok(Box::new(io) as BoxedIo)
+        })
+    }
 }
