@@ -179,11 +179,11 @@ impl fmt::Display for Cause {
         match self {
             Self::FailFast => f.write_str("service in fail-fast"),
             Self::LoadShed => f.write_str("service unavailable"),
-            Self::RequestTimeout(t) => write!(f, "request timed out after {t:?}"),
-            Self::BackendRequestTimeout(t) => write!(f, "backend request timed out after {t:?}"),
-            Self::ResponseTimeout(t) => write!(f, "response timed out after {t:?}"),
-            Self::ResponseHeadersTimeout(t) => write!(f, "response headers timed out after {t:?}"),
-            Self::IdleTimeout(t) => write!(f, "stream idle for {t:?}"),
+            Self::RequestTimeout(t) => write!(f, "request timeout: not complete within {t:?}"),
+            Self::BackendRequestTimeout(t) => write!(f, "backend request timeout: not complete within {t:?}"),
+            Self::ResponseTimeout(t) => write!(f, "response timeout: not complete within {t:?}"),
+            Self::ResponseHeadersTimeout(t) => write!(f, "response headers timeout: none within {t:?}"),
+            Self::IdleTimeout(t) => write!(f, "idle timeout: no frame for {t:?}"),
             Self::ProfileTimeout(t) => write!(f, "HTTP response timeout after {t:?}"),
             Self::RequiredId { required, found: Some(found) } => {
                 write!(f, "required id {required}; found {found}")

@@ -9,6 +9,7 @@ pub mod gateway;
 pub mod http;
 pub mod identity;
 pub mod inbound;
+pub mod outbound;
 pub mod policy;
 pub mod redirect;
 pub mod telemetry;

@@ -6,17 +6,23 @@ use crate::{
 };
 use clap::Parser;
 use linkerd_app::{
-    admin,
-    app::{App, Home},
+    app::{App, Home, Parts},
     await_ready,
     config::{self, Config, env as environment, syntax},
     redirect,
     standalone::{self, Standalone},
-    telemetry::{AccessLog, Telemetry, access, log},
+    telemetry::{
+        Telemetry,
+        access::{self, AccessLog},
+        log,
+    },
     validate,
 };
 use std::{ffi::OsString, future::Future, path::Path, process::ExitCode, sync::Arc, time::Duration};
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
 
 /// Bad configuration or arguments (`EX_USAGE`, contract.md 3.2).
 const EXIT_USAGE: u8 = 64;
@@ -107,6 +113,7 @@ fn run(args: Run) -> ExitCode {
 
 fn serve(config: Config, standalone: Option<Arc<Standalone>>, log: log::Handle) -> ExitCode {
     let telemetry = Telemetry::new(config.metrics);
+    let env = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect();
     let access_log = match access_log(&telemetry) {
         Ok(access_log) => access_log,
         Err(error) => return failure(&format!("access log: {error}")),
@@ -117,29 +124,41 @@ fn serve(config: Config, standalone: Option<Arc<Standalone>>, log: log::Handle) 
     };
     traffic.block_on(async move {
         let home = standalone.map_or(Home::Linkerd, Home::Standalone);
-        let (app, beside) = match App::build(config, home, telemetry, access_log.clone(), log) {
-            Ok(parts) => parts,
-            Err(error) => return failure(&error.to_string()),
-        };
-        let (mut term, mut int) = match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
-            (Ok(term), Ok(int)) => (term, int),
-            (Err(error), _) | (_, Err(error)) => return failure(&format!("cannot handle signals: {error}")),
+        let (app, beside) =
+            match App::build(Parts { config, home, telemetry, access_log: access_log.clone(), log, env }) {
+                Ok(parts) => parts,
+                Err(error) => return failure(&error.to_string()),
+            };
+        let signals = match signals() {
+            Ok(signals) => signals,
+            Err(error) => return failure(&format!("cannot handle signals: {error}")),
         };
         let thread = std::thread::Builder::new().name("admin".into());
         if let Err(error) = thread.spawn(move || daemon.block_on(beside.run())) {
             return failure(&format!("cannot start the admin thread: {error}"));
         }
-        app.serve(async || next_signal(&mut term, &mut int).await).await;
+        app.serve(signals).await;
         access_log.flush();
         ExitCode::SUCCESS
     })
 }
 
-async fn next_signal(term: &mut Signal, int: &mut Signal) -> &'static str {
-    tokio::select! {
-        _ = term.recv() => "SIGTERM",
-        _ = int.recv() => "SIGINT",
-    }
+/// The names of the signals that ask the process to stop, as they arrive.
+fn signals() -> std::io::Result<mpsc::Receiver<&'static str>> {
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (tx, rx) = mpsc::channel(1);
+    tokio::spawn(async move {
+        loop {
+            let name = tokio::select! {
+                _ = term.recv() => "SIGTERM",
+                _ = int.recv() => "SIGINT",
+            };
+            if tx.send(name).await.is_err() {
+                return;
+            }
+        }
+    });
+    Ok(rx)
 }
 
 fn init_log() -> Result<log::Handle, ExitCode> {
@@ -166,7 +185,7 @@ fn init_log() -> Result<log::Handle, ExitCode> {
 fn access_log(telemetry: &Telemetry) -> std::io::Result<AccessLog> {
     let Ok(format) = std::env::var("LINKERD2_PROXY_ACCESS_LOG") else { return Ok(AccessLog::off()) };
     match format.parse::<access::Format>() {
-        Ok(format) => AccessLog::start(format, telemetry.access_log_dropped()),
+        Ok(format) => AccessLog::start(format, telemetry.access_log_drops()),
         Err(error) => {
             eprintln!("LINKERD2_PROXY_ACCESS_LOG: {error}; the access log stays off");
             Ok(AccessLog::off())
@@ -197,7 +216,7 @@ fn options(names: &Names, config: &Config) -> Result<standalone::Options, String
     let mut options = standalone::Options {
         trust_domain: names.trust_domain.clone(),
         cluster_domain: names.cluster_domain.clone(),
-        default_policy: config.inbound.default_policy,
+        //default_policy: config.inbound.default_policy,
         inbound_detect_timeout: config.inbound.detect_timeout,
         outbound_detect_timeout: config.outbound.detect_timeout,
         ..standalone::Options::default()

@@ -117,7 +117,11 @@ pub fn verdict(cause: &Cause) -> Verdict {
 /// and metrics see a 502 or 504 (behaviour.md E.6, second table).
 pub fn is_endpoint_level(cause: &Cause, asked: &Asked) -> bool {
     match cause {
-        Cause::Io { .. } | Cause::ConnectTimeout(_) | Cause::IncompleteResponse | Cause::Http2Connection(_) => true,
+        Cause::Io { .. }
+        | Cause::ConnectTimeout(_)
+        | Cause::IncompleteResponse
+        | Cause::Http2Connection(_)
+        | Cause::Loop(_) => true,
         Cause::Http2Reset(_) => asked.version < Version::HTTP_2 || asked.orig_proto,
         Cause::FailFast
         | Cause::LoadShed
@@ -144,7 +148,6 @@ pub fn is_endpoint_level(cause: &Cause, asked: &Asked) -> bool {
         | Cause::MissingAuthority
         | Cause::Canceled
         | Cause::DetectTimeout(_)
-        | Cause::Loop(_)
         | Cause::Unexpected(_) => false,
     }
 }

@@ -115,6 +115,11 @@ impl Installer {
         self.writer.id()
     }
 
+    /// The roots in force.
+    pub fn trust_anchors(&self) -> TrustAnchors {
+        self.writer.trust_anchors()
+    }
+
     /// Installs a certificate, with other trust anchors if some are given. Logs and counts the outcome.
     ///
     /// # Errors

@@ -75,6 +75,13 @@ impl<I, M: Meter> Metered<I, M> {
     }
 }
 
+impl<M: Meter> Metered<(), M> {
+    /// Goes on counting around a connection that is known by now.
+    pub fn around<I>(self, io: I) -> Metered<I, M> {
+        Metered { io, guard: self.guard }
+    }
+}
+
 impl<M: Meter> Guard<M> {
     fn check<T>(&mut self, result: io::Result<T>) -> io::Result<T> {
         if let Err(error) = &result

@@ -5,7 +5,7 @@ use crate::{
     error::{Cause, Error},
     http::{
         Rescue,
-        classify::{Judgement, Rule, grpc_status},
+        classify::{Rule, grpc_status},
     },
     telemetry::{Class, EndpointMetrics, InboundRouteMetrics, ProfileRouteMetrics},
 };
@@ -47,12 +47,11 @@ impl Handles {
         }
     }
 
-    fn response(&self, status: Option<StatusCode>, judged: Judgement) {
-        let class = Class { success: judged.success, grpc_status: judged.grpc_status, error: judged.error };
+    fn response(&self, status: Option<StatusCode>, judged: Class) {
         let status = status.map(|status| status.as_u16());
-        self.endpoint.response(status, class);
+        self.endpoint.response(status, judged);
         if let Some(profile) = &self.profile {
-            profile.logical.response(status, class);
+            profile.logical.response(status, judged);
         }
     }
 }
@@ -92,7 +91,7 @@ pub(super) fn request(handles: Handles, rule: Rule, body: Body) -> (Observed, Bo
 impl Observed {
     /// There is an error instead of a response.
     pub(super) fn failed(self, cause: &Cause) {
-        self.ended(None, Judgement::failed(cause), None, Instant::now());
+        self.ended(None, Class::error(cause), None, Instant::now());
     }
 
     /// The response's body tells the rest. With `rescue`, an error within it becomes gRPC trailers.
@@ -108,7 +107,7 @@ impl Observed {
         rsp.map(|inner| Body::new(ResponseBody { inner: Some(inner), report, rescue }))
     }
 
-    fn ended(&self, status: Option<StatusCode>, judged: Judgement, route_status: Option<u16>, now: Instant) {
+    fn ended(&self, status: Option<StatusCode>, judged: Class, route_status: Option<u16>, now: Instant) {
         self.handles.response(status, judged);
         if let Some(route) = &self.handles.route {
             let since_start = now.duration_since(self.start);
@@ -181,7 +180,7 @@ struct Report {
     observed: Observed,
     status: StatusCode,
     /// None while trailers may decide.
-    judged: Option<Judgement>,
+    judged: Option<Class>,
     grpc: Option<u16>,
     first: bool,
     done: bool,
@@ -205,10 +204,10 @@ impl Report {
     /// An error as the first frame leaves no latency behind.
     fn error(&mut self, cause: &Cause) {
         self.first = false;
-        self.tell(Judgement::failed(cause), Instant::now());
+        self.tell(Class::error(cause), Instant::now());
     }
 
-    fn tell(&mut self, judged: Judgement, now: Instant) {
+    fn tell(&mut self, judged: Class, now: Instant) {
         if std::mem::replace(&mut self.done, true) {
             return;
         }

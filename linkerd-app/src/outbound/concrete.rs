@@ -1,0 +1,287 @@
+//! A backend: a set of replicas balanced over, one known replica, or a refusal (behaviour.md D.6). A driver task per
+//! balanced backend follows discovery and rebuilds only the replicas that changed.
+
+use super::Runtime;
+use crate::{
+    error::{Cause, Error},
+    policy::{
+        Endpoint, Resolution, Update,
+        client::{Failure, Load},
+        endpoint::EndpointMeta,
+    },
+};
+use linkerd_stack::{
+    Ready,
+    balance::{self, Balance, Member, NotReady, Picked},
+};
+use rand::RngExt;
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+use tokio::{task::AbortHandle, time::sleep};
+
+/// Weight of a replica to which discovery gives none (resources.md: Linkerd's plain weight).
+const PLAIN_WEIGHT: u32 = 10_000;
+
+/// A backend without a ready replica for this long asks discovery anew, in case the stream has gone stale; up to half
+/// as much again is added at random, so that proxies do not ask in step.
+const STALE_AFTER: Duration = Duration::from_secs(30);
+
+/// What a replica's stack is, for the driver.
+pub(super) trait Replica: Send + Sync + 'static {
+    /// Whether it can take work.
+    fn ready(&self) -> Ready;
+}
+
+/// Replicas of type `E`, with the task that keeps them up to date. Dropping it ends both; requests in flight go on.
+pub(super) struct Replicas<E> {
+    pub(super) balance: Balance<SocketAddr, Arc<E>>,
+    driver: Option<AbortHandle>,
+}
+
+/// A backend of HTTP or of connections.
+pub(super) enum Concrete<E> {
+    /// Replicas: discovered, or one that is known.
+    Replicas(Replicas<E>),
+    /// A refusal.
+    Fail(Failure),
+}
+
+/// What a set of replicas is made of.
+pub(super) struct Settings {
+    pub(super) load: Load,
+    pub(super) queue: crate::config::Queue,
+    pub(super) observer: Arc<dyn balance::Observer>,
+}
+
+impl Settings {
+    fn balance<E>(self) -> Balance<SocketAddr, Arc<E>> {
+        let config = balance::Config {
+            default_rtt: self.load.default_rtt,
+            decay: self.load.decay,
+            queue_capacity: self.queue.capacity,
+            failfast_timeout: self.queue.failfast_timeout,
+        };
+        Balance::new(config, self.observer)
+    }
+}
+
+impl<E: Replica> Replicas<E> {
+    /// Replicas behind a name.
+    pub(super) fn discovered(
+        rt: &Arc<Runtime>,
+        discovery: &Arc<str>,
+        settings: Settings,
+        build: impl FnMut(&Endpoint) -> E + Send + 'static,
+    ) -> Self {
+        let balance = settings.balance();
+        let driver = drive(rt.clone(), discovery.clone(), balance.clone(), build);
+        Self { balance, driver: Some(tokio::spawn(driver).abort_handle()) }
+    }
+
+    /// One replica whose address is known.
+    pub(super) fn known(endpoint: &Endpoint, settings: Settings, replica: E) -> Self {
+        let balance = settings.balance();
+        let ready = replica.ready();
+        balance.reset(vec![(endpoint.addr, Member { service: Arc::new(replica), ready, weight: 1 })]);
+        Self { balance, driver: None }
+    }
+
+    /// A replica, waiting in the queue if none is ready (behaviour.md D.8).
+    ///
+    /// # Errors
+    /// [`Cause::FailFast`], [`Cause::LoadShed`], or [`Cause::Unexpected`] if discovery gave the name up.
+    pub(super) async fn acquire(&self) -> Result<Picked<SocketAddr, Arc<E>>, Error> {
+        self.balance.acquire().await.map_err(|error| {
+            // An operator wants to know which kind of nothing there was.
+            let what: Arc<str> = match self.balance.len() {
+                0 => "no endpoints".into(),
+                n => format!("none of {n} endpoints is ready").into(),
+            };
+            match error {
+                NotReady::FailFast(_) => Error::new(Cause::FailFast).context(what),
+                NotReady::LoadShed => Error::new(Cause::LoadShed).context(what),
+                NotReady::Failed(reason) => Error::new(Cause::Unexpected(reason)),
+            }
+        })
+    }
+
+    /// Whether requests would be taken now, as a distribution asks before it chooses.
+    pub(super) fn is_open(&self) -> bool {
+        self.balance.gate().get()
+    }
+}
+
+impl<E> Drop for Replicas<E> {
+    fn drop(&mut self) {
+        if let Some(driver) = &self.driver {
+            driver.abort();
+        }
+    }
+}
+
+/// Follows discovery until dropped. When discovery ends, what it said last stays in force.
+async fn drive<E: Replica>(
+    rt: Arc<Runtime>,
+    discovery: Arc<str>,
+    balance: Balance<SocketAddr, Arc<E>>,
+    mut build: impl FnMut(&Endpoint) -> E,
+) {
+    let mut known: BTreeMap<SocketAddr, Arc<EndpointMeta>> = BTreeMap::new();
+    let gate = balance.gate();
+    let Resolution(mut updates) = rt.source.resolve(&discovery);
+    loop {
+        let jitter = rand::rng().random_range(0.0..0.5);
+        let update = tokio::select! {
+            update = updates.recv() => update,
+            () = stale(&gate, STALE_AFTER.mul_f64(1.0 + jitter)) => {
+                tracing::info!(%discovery, "no endpoint has been ready for long; asking discovery again");
+                Resolution(updates) = rt.source.resolve(&discovery);
+                continue;
+            }
+        };
+        let mut member = |endpoint: &Endpoint| {
+            let weight = endpoint.meta.weight.unwrap_or(PLAIN_WEIGHT);
+            let unchanged = known.get(&endpoint.addr).is_some_and(|meta| *meta == endpoint.meta);
+            if unchanged && let Some(member) = balance.member(&endpoint.addr) {
+                return (endpoint.addr, member);
+            }
+            let replica = build(endpoint);
+            let ready = replica.ready();
+            (endpoint.addr, Member { service: Arc::new(replica), ready, weight })
+        };
+        match update {
+            Some(Update::Reset(endpoints)) => {
+                let members = endpoints.iter().map(&mut member).collect();
+                known = endpoints.into_iter().map(|e| (e.addr, e.meta)).collect();
+                balance.reset(members);
+            }
+            Some(Update::Add(endpoints)) => {
+                let members = endpoints.iter().map(&mut member).collect();
+                known.extend(endpoints.into_iter().map(|e| (e.addr, e.meta)));
+                balance.add(members);
+            }
+            Some(Update::Remove(addrs)) => {
+                for addr in &addrs {
+                    known.remove(addr);
+                }
+                balance.remove(&addrs);
+            }
+            Some(Update::Fail(reason)) => {
+                tracing::warn!(%discovery, %reason, "discovery gave up; requests fail until the policy changes");
+                balance.fail(reason);
+                return;
+            }
+            None => return,
+        }
+    }
+}
+
+/// Ends once the gate has been shut for a while.
+async fn stale(gate: &Ready, after: Duration) {
+    loop {
+        let changed = gate.changed();
+        if gate.get() {
+            changed.await;
+            continue;
+        }
+        tokio::select! {
+            () = changed => {}
+            () = sleep(after) => return,
+        }
+    }
+}
+
+/// Choice among backends (behaviour.md D.5). `B` is a backend with its filters.
+pub(super) enum Distribution<B> {
+    /// Nowhere.
+    Empty,
+    /// The first that is ready, in order.
+    First(Box<[B]>),
+    /// By weight among those that are ready. No weight is 0.
+    Random(Box<[(B, u32)]>),
+}
+
+impl<B> Distribution<B> {
+    /// A backend; if none is ready, the one that would have been chosen, which then says why it is not.
+    pub(super) fn pick(&self, is_open: impl Fn(&B) -> bool, mut random: impl FnMut(u64) -> u64) -> Option<&B> {
+        match self {
+            Self::Empty => None,
+            Self::First(backends) => backends.iter().find(|b| is_open(b)).or_else(|| backends.first()),
+            Self::Random(backends) => {
+                if let [(only, _)] = &**backends {
+                    return Some(only);
+                }
+                let total = backends.iter().map(|(_, weight)| u64::from(*weight)).sum();
+                let first = draw(backends.iter(), random(total));
+                if first.is_some_and(&is_open) {
+                    return first;
+                }
+                // Seldom: draw again among those that are ready.
+                let open = || backends.iter().filter(|(b, _)| is_open(b));
+                match open().map(|(_, weight)| u64::from(*weight)).sum() {
+                    0 => first,
+                    total => draw(open(), random(total)).or(first),
+                }
+            }
+        }
+    }
+
+    /// All backends, in order.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &B> {
+        let (first, random): (&[B], &[(B, u32)]) = match self {
+            Self::Empty => (&[], &[]),
+            Self::First(backends) => (backends, &[]),
+            Self::Random(backends) => (&[], backends),
+        };
+        first.iter().chain(random.iter().map(|(b, _)| b))
+    }
+}
+
+fn draw<'a, B: 'a>(mut backends: impl Iterator<Item = &'a (B, u32)>, mut at: u64) -> Option<&'a B> {
+    backends
+        .find(|(_, weight)| match at.checked_sub(u64::from(*weight)) {
+            Some(left) => {
+                at = left;
+                false
+            }
+            None => true,
+        })
+        .map(|(backend, _)| backend)
+}
+
+/// A random number below its argument, which is above 0.
+pub(super) fn random(below: u64) -> u64 {
+    if below == 0 { 0 } else { rand::rng().random_range(0..below) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(d: &Distribution<&'static str>, open: &[&str], draws: &[u64], expected: Option<&str>) {
+        let mut draws = draws.iter();
+        let picked = d.pick(|b| open.contains(b), |_| *draws.next().unwrap());
+        assert_eq!(picked.copied(), expected);
+    }
+
+    #[test]
+    fn the_first_ready_backend_is_taken() {
+        let d = Distribution::First(["a", "b"].into());
+        check(&d, &["a", "b"], &[], Some("a"));
+        check(&d, &["b"], &[], Some("b"));
+        check(&d, &[], &[], Some("a"));
+        check(&Distribution::Empty, &[], &[], None);
+    }
+
+    #[test]
+    fn weights_share_what_is_ready() {
+        let d = Distribution::Random([("a", 1), ("b", 3), ("c", 6)].into());
+        for (at, expected) in [(0, "a"), (1, "b"), (3, "b"), (4, "c"), (9, "c")] {
+            check(&d, &["a", "b", "c"], &[at], Some(expected));
+        }
+        check(&d, &["a", "c"], &[1, 0], Some("a"));
+        check(&d, &["a", "c"], &[1, 1], Some("c"));
+        check(&d, &[], &[5], Some("c"));
+        check(&Distribution::Random([("a", 5)].into()), &[], &[], Some("a"));
+    }
+}

@@ -1,0 +1,317 @@
+//! Traffic away from the local application: found out where it goes, routed, balanced, retried within limits, and sent
+//! over mutual TLS where the other side has a proxy too.
+
+mod concrete;
+mod connect;
+mod discover;
+mod endpoint;
+mod http;
+mod limits;
+mod live;
+mod logical;
+mod opaque;
+mod params;
+mod protocol;
+mod rule;
+mod session;
+mod tracked;
+
+use self::{
+    discover::{Discover, Found},
+    http::{Edge, Named, Routing},
+    opaque::Client,
+    protocol::Spoken,
+};
+use crate::{
+    config,
+    error::{Cause, Error},
+    gateway,
+    http::{Asked, Rescue},
+    policy::{
+        Source, Target,
+        authz::{ClientTls, NoTls},
+    },
+    telemetry::{ConnLabels, ConnMetrics, Direction, Peer, Telemetry, TlsLabels},
+    transport::{Accepted, BoundListener, Metered, orig_dst},
+};
+use ::http::{Request, Response};
+use linkerd_stack::{
+    BoxService, BoxedIo, PrefixedIo, drain,
+    http::{Body, ServerConfig, Version, serve},
+    limit::ConcurrencyLimit,
+    rate::Limiter,
+};
+use linkerd_tls::identity::Reader;
+use std::{
+    collections::HashSet,
+    net::{IpAddr, SocketAddr},
+    num::NonZeroU32,
+    sync::Arc,
+};
+use tokio::{net::TcpStream, sync::OnceCell};
+
+/// Failures that are logged for everybody to see, per second; the rest is logged for debugging.
+const LOGGED_PER_SECOND: NonZeroU32 = NonZeroU32::new(10).expect("10 is not 0");
+
+/// The outbound half of the proxy. Clones are the same.
+#[derive(Clone)]
+pub struct Outbound {
+    rt: Arc<Runtime>,
+    discover: Arc<Discover>,
+}
+
+/// What every stage shares.
+struct Runtime {
+    config: config::Outbound,
+    /// The workload's own addresses.
+    local_ips: Arc<HashSet<IpAddr>>,
+    identity: Option<Reader>,
+    source: Arc<dyn Source>,
+    telemetry: Telemetry,
+    server: ServerConfig,
+    rescue: Rescue,
+    in_flight: ConcurrencyLimit,
+    log_limit: Limiter,
+}
+
+impl Runtime {
+    /// Whether an address is the workload's own: such an endpoint is spoken to as the application itself
+    /// (behaviour.md A.1). With explicit listeners the endpoints of other workloads may be on loopback addresses.
+    fn is_local(&self, addr: SocketAddr) -> bool {
+        self.local_ips.contains(&addr.ip()) && !(self.config.explicit && addr.ip().is_loopback())
+    }
+
+    /// Whether an address must not be dialled: loopback addresses lead back (contract.md 6.3), and so do the own
+    /// listeners.
+    fn refuses(&self, addr: SocketAddr) -> bool {
+        let listens = |listen: &config::Listen| {
+            listen.addr.port() == addr.port() && (listen.addr.ip() == addr.ip() || self.local_ips.contains(&addr.ip()))
+        };
+        (addr.ip().is_loopback() && !self.config.explicit) || self.config.listen.iter().any(listens)
+    }
+}
+
+impl Outbound {
+    /// An outbound half that serves nothing yet. `local_ips` are the workload's own addresses; without an identity
+    /// nothing is encrypted.
+    pub fn new(
+        config: &config::Outbound,
+        local_ips: Arc<HashSet<IpAddr>>,
+        identity: Option<Reader>,
+        source: Arc<dyn Source>,
+        telemetry: Telemetry,
+    ) -> Self {
+        let rt = Arc::new(Runtime {
+            local_ips,
+            identity,
+            source,
+            telemetry,
+            server: server_config(&config.http_server),
+            rescue: http::rescue(config),
+            in_flight: ConcurrencyLimit::new(config.max_in_flight),
+            log_limit: Limiter::new(LOGGED_PER_SECOND),
+            config: config.clone(),
+        });
+        Self { discover: Arc::new(Discover::new(rt.clone())), rt }
+    }
+
+    /// Serves a listener until the drain begins; connections go on until they end. Dropping the future stops
+    /// accepting.
+    pub async fn serve(self, listener: BoundListener, drain: drain::Watch) {
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                () = drain.signaled() => return,
+                accepted = listener.accept() => accepted,
+            };
+            let (this, drain) = (self.clone(), drain.clone());
+            tokio::spawn(async move { this.connection(accepted, drain).await });
+        }
+    }
+
+    async fn connection(self, accepted: Accepted, drain: drain::Watch) {
+        let (client, local) = (accepted.client, accepted.local);
+        let target = if self.rt.config.explicit { Ok(None) } else { original(&accepted).map(Some) };
+        let target = match target {
+            Ok(target) => target,
+            Err(error) => {
+                tracing::warn!(%client, %error, "connection without a destination dropped");
+                return;
+            }
+        };
+        if let Err(error) = self.run(accepted.io, target, drain).await {
+            let at = target.unwrap_or(local);
+            if *error.cause() == Cause::Canceled {
+                tracing::debug!(%client, target = %at, "client closed without a word");
+                return;
+            }
+            self.rt.telemetry.outbound_tcp_errors(at).failed(error.cause());
+            if self.rt.log_limit.check().is_ok() {
+                tracing::info!(%client, target = %at, %error, "connection closed");
+            } else {
+                tracing::debug!(%client, target = %at, %error, "connection closed");
+            }
+        }
+    }
+
+    /// A connection meets, first to last: metrics, discover, protocol, and then http, tls or opaque, which go on through
+    /// logical (routes), concrete (backend) and endpoint to connect.
+    async fn run(&self, mut io: TcpStream, target: Option<SocketAddr>, drain: drain::Watch) -> Result<(), Error> {
+        let counted = Metered::new((), self.accepted(target));
+        let Some(target) = target else { return self.explicit(io, counted, drain).await };
+        if self.rt.config.ingress_mode {
+            return self.ingress(io, counted, target, drain).await;
+        }
+        let found = self.discover.find(Target::Addr(target)).await?;
+        match protocol::decide(&self.rt, &found, &mut io).await? {
+            Spoken::Http(version, read) => {
+                let routing = Routing::Fixed(Arc::new(found));
+                self.http(version, counted.around(PrefixedIo::new(read, io)), routing, drain).await
+            }
+            Spoken::Tls(sni, read) => {
+                let route = found.tcp().get().route(Some(&sni))?;
+                route.forward(Client::Tcp(io, read, counted), None, Some(&sni)).await
+            }
+            Spoken::Opaque(read, Some((route, opened, speech))) => {
+                route.forward(Client::Tcp(io, read, counted), Some((opened, speech)), None).await
+            }
+            Spoken::Opaque(read, None) => {
+                let route = found.tcp().get().route(None)?;
+                route.forward(Client::Tcp(io, read, counted), None, None).await
+            }
+        }
+    }
+
+    /// Serves HTTP on a connection.
+    async fn http(
+        &self,
+        version: Version,
+        io: Metered<PrefixedIo<TcpStream>, ConnMetrics>,
+        routing: Routing,
+        drain: drain::Watch,
+    ) -> Result<(), Error> {
+        let edge = Edge::new(self.rt.clone(), routing);
+        if let Err(error) = serve(&self.rt.server, version, io, edge, drain).await {
+            // The requests' own failures have been told and counted; what is left is the client's.
+            tracing::debug!(%error, "HTTP connection ended");
+        }
+        Ok(())
+    }
+
+    /// Clients that know they talk to a proxy: requests name their destination.
+    async fn explicit(
+        &self,
+        mut io: TcpStream,
+        counted: Metered<(), ConnMetrics>,
+        drain: drain::Watch,
+    ) -> Result<(), Error> {
+        let (version, read) = protocol::http(self.rt.config.detect_timeout, &mut io).await?;
+        let Some(version) = version else {
+            let why = "an explicit listener takes HTTP proxy requests only: absolute form, CONNECT, or Host";
+            return Err(Cause::BadRequest(why.into()).into());
+        };
+        let routing = Routing::Explicit(Named::new(self.discover.clone()));
+        self.http(version, counted.around(PrefixedIo::new(read, io)), routing, drain).await
+    }
+
+    /// Ingress mode (behaviour.md D.15): always HTTP if it looks so, else opaque by the original destination.
+    async fn ingress(
+        &self,
+        mut io: TcpStream,
+        counted: Metered<(), ConnMetrics>,
+        target: SocketAddr,
+        drain: drain::Watch,
+    ) -> Result<(), Error> {
+        match protocol::http(self.rt.config.detect_timeout, &mut io).await? {
+            (Some(version), read) => {
+                let routing = Routing::Ingress(Named::new(self.discover.clone()), Target::Addr(target));
+                self.http(version, counted.around(PrefixedIo::new(read, io)), routing, drain).await
+            }
+            (None, read) => {
+                let found = self.discover.find(Target::Addr(target)).await?;
+                let route = found.tcp().get().route(None)?;
+                route.forward(Client::Tcp(io, read, counted), None, None).await
+            }
+        }
+    }
+
+    fn accepted(&self, target: Option<SocketAddr>) -> Arc<ConnMetrics> {
+        self.rt.telemetry.conn(ConnLabels {
+            direction: Direction::Outbound,
+            peer: Peer::Src,
+            target,
+            tls: TlsLabels::Accepted(ClientTls::None(NoTls::Loopback)),
+            srv: None,
+            authority: None,
+            dst: None,
+        })
+    }
+
+    /// A service for the requests to one target; it is looked up with the first request.
+    pub fn http_for(&self, target: Target) -> BoxService<Request<Body>, Response<Body>, Error> {
+        let (rt, discover) = (self.rt.clone(), self.discover.clone());
+        let found: Arc<OnceCell<Found>> = Arc::default();
+        BoxService::from_fn(move |req: Request<Body>| {
+            let (rt, discover, found, target) = (rt.clone(), discover.clone(), found.clone(), target.clone());
+            async move {
+                let asked = Asked::of(&req);
+                let found = found.get_or_try_init(|| discover.find(target)).await?;
+                let rsp = rt.in_flight.run(http::call(found, req, &asked)).await?;
+                Ok(http::finish(&rt, rsp, &asked))
+            }
+        })
+    }
+
+    /// Forwards a connection to a target until both ends are done.
+    ///
+    /// # Errors
+    /// When the target is not found or refuses, or either side breaks.
+    pub async fn opaque_for(&self, target: Target, io: BoxedIo) -> Result<(), Error> {
+        let found = self.discover.find(target).await?;
+        let route = found.tcp().get().route(None)?;
+        route.forward(Client::Other(io), None, None).await
+    }
+}
+
+impl gateway::Outbound for Outbound {
+    fn http(&self, target: Target) -> BoxService<Request<Body>, Response<Body>, Error> {
+        self.http_for(target)
+    }
+
+    fn opaque(&self, target: Target, io: BoxedIo) -> futures_util::future::BoxFuture<'static, Result<(), Error>> {
+        let this = self.clone();
+        Box::pin(async move { this.opaque_for(target, io).await })
+    }
+}
+
+/// Where the application meant to go.
+///
+/// # Errors
+/// [`Cause::Loop`] for connections made to this proxy's own listener, [`Cause::Io`] without an original destination.
+fn original(accepted: &Accepted) -> Result<SocketAddr, Error> {
+    let target = orig_dst(&accepted.io).map_err(|error| {
+        crate::transport::io_failure(&error)
+            .context("no original destination; redirect the workload's traffic with `linkerd-proxy redirect`")
+    })?;
+    // Nothing was redirected: the client dialled the listener itself.
+    if target == accepted.local {
+        return Err(Cause::Loop(target).into());
+    }
+    Ok(target)
+}
+
+/// The same settings in the words of the stack.
+fn server_config(config: &config::HttpServer) -> ServerConfig {
+    ServerConfig {
+        stream_window: config.stream_window,
+        connection_window: config.connection_window,
+        adaptive_window: config.adaptive_window,
+        keep_alive: config.keep_alive,
+        max_concurrent_streams: config.max_concurrent_streams,
+        max_frame_size: config.max_frame_size,
+        max_header_size: config.max_header_size,
+        max_header_setting: "LINKERD2_PROXY_MAX_HEADER_SIZE",
+        max_pending_accept_reset_streams: config.max_pending_accept_reset_streams,
+        max_send_buf_size: config.max_send_buf_size,
+    }
+}
