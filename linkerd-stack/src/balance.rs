@@ -758,6 +758,11 @@ impl Random {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        backoff::Backoff,
+        breaker::{self, Breaker, Outcome},
+        ready,
+    };
     use futures_util::FutureExt;
     use std::future::Future;
 
@@ -1014,6 +1019,41 @@ mod tests {
         assert_eq!(log.take(), "2/0 Reset 2/0 Remove 1/0");
         assert_eq!(balance.len(), 1);
         assert!(balance.acquire_key(&2).is_none() && balance.get(&2).is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_those_that_wait_one_is_the_probe() {
+        let config = breaker::Config::Consecutive {
+            max_failures: 1,
+            backoff: Backoff { min: Duration::from_secs(1), max: Duration::from_secs(1), jitter: 0.0 },
+        };
+        let breaker = Breaker::new(config, 1);
+        let balance = balance();
+        balance.reset(vec![(1, member(&ready::all([Ready::new(true), breaker.ready()]), 1))]);
+        breaker.admit().unwrap().resolve(Outcome::Failure);
+        let request = async || {
+            loop {
+                let picked = balance.acquire().await?;
+                if let Some(permit) = breaker.admit() {
+                    return Ok::<_, NotReady>((picked, permit));
+                }
+            }
+        };
+        let (mut first, mut second) = (Box::pin(request()), Box::pin(request()));
+        assert!(poll(&mut first).is_none() && poll(&mut second).is_none());
+        tokio::time::sleep(Duration::from_millis(1_001)).await;
+        let (_, probe) = poll(&mut first).unwrap().unwrap();
+        assert!(probe.is_probe() && poll(&mut second).is_none(), "the other one waits for its verdict");
+        probe.resolve(Outcome::Success);
+        assert!(!poll(&mut second).unwrap().unwrap().1.is_probe());
+    }
+
+    #[test]
+    fn futures_may_move_between_threads() {
+        fn check<T: Send>(_: &T) {}
+        let balance = balance();
+        check(&balance.acquire());
+        check(&balance.gate().wait());
     }
 
     #[test]

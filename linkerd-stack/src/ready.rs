@@ -97,7 +97,10 @@ impl Ready {
     /// Tells `listener` of every change from now on, until it is dropped.
     pub fn listen(&self, listener: Weak<dyn Listener>) {
         let mut listeners = self.0.listeners.lock();
-        listeners.retain(|l| l.strong_count() > 0);
+        // Those that are gone are looked for only before the list would grow: a flag that many listen to stays cheap.
+        if listeners.len() == listeners.capacity() {
+            listeners.retain(|l| l.strong_count() > 0);
+        }
         listeners.push(listener);
     }
 }
