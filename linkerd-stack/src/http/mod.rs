@@ -12,9 +12,12 @@ pub mod orig_proto;
 pub mod server;
 pub mod upgrade;
 
+#[cfg(test)]
+mod tests;
+
 pub use self::{
     body::{Body, BodyError, Reset},
-    client::{Client, ClientConfig, Connect, SendError},
+    client::{Client, ClientConfig, Connect, Http1Config, Http2Config, KeepAlive, OnReplay, SendError},
     normalize::{AbsoluteForm, BadRequest},
     server::{CloseConnection, ServeError, ServerConfig, serve},
 };

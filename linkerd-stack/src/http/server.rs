@@ -308,7 +308,7 @@ where
         let mut req = req.map(Body::from);
         let head = req.method() == Method::HEAD;
         let step = match self.admit(&mut req) {
-            Err(rsp) => Step::Refused { rsp: Some(rsp) },
+            Err(rsp) => Step::Refused { rsp: Some(*rsp) },
             Ok(()) => {
                 let upgrade = upgrade::requested(&mut req);
                 return Answer {
@@ -324,16 +324,17 @@ where
 }
 
 impl<S> Glue<S> {
-    fn admit(&self, req: &mut Request<Body>) -> Result<(), Response<Body>> {
+    fn admit(&self, req: &mut Request<Body>) -> Result<(), Box<Response<Body>>> {
         let state = &self.state;
         let size = headers::size(req);
         if size > state.max_header_size as usize {
             tracing::debug!(size, limit = state.max_header_size, setting = state.max_header_setting, "head too large");
-            return Err(headers::too_large(state.version, size, state.max_header_size, state.max_header_setting));
+            let rsp = headers::too_large(state.version, size, state.max_header_size, state.max_header_setting);
+            return Err(Box::new(rsp));
         }
         normalize::accept(req, &mut self.authority.borrow_mut()).map_err(|error: BadRequest| {
             tracing::debug!(%error, "bad request");
-            headers::plain(state.version, error.status(), Body::empty())
+            Box::new(headers::plain(state.version, error.status(), Body::empty()))
         })
     }
 }

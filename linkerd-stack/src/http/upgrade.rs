@@ -4,7 +4,7 @@
 
 use super::body::Body;
 use crate::{
-    drain,
+    copy, drain,
     io::{BoxedIo, Io},
 };
 use http::{Method, Request, Response, StatusCode, header};
@@ -88,14 +88,9 @@ async fn splice(near: OnUpgrade, far: Far) -> io::Result<()> {
         Far::Io(io) => io,
     };
     let near = upgraded(near.await)?;
-    duplex(near, far).await
+    copy::duplex(near, far).await.map(|_| ())
 }
 
 fn upgraded(result: hyper::Result<Upgraded>) -> io::Result<TokioIo<Upgraded>> {
     result.map(TokioIo::new).map_err(io::Error::other)
-}
-
-/// Copies both ways until both sides have closed, passing each half-close on.
-async fn duplex(mut near: impl Io, mut far: impl Io) -> io::Result<()> {
-    tokio::io::copy_bidirectional(&mut near, &mut far).await.map(|_| ())
 }

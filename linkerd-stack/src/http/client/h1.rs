@@ -132,7 +132,11 @@ impl<C: Connect> Http1<C> {
         if !upgraded {
             return respond(rsp, lease);
         }
-        Ok(rsp.map(|_| Body::empty()))
+        let mut rsp = rsp.map(|_| Body::empty());
+        if connect {
+            normalize::strip_hop_by_hop(rsp.headers_mut());
+        }
+        Ok(rsp)
     }
 
     async fn open(

@@ -32,7 +32,7 @@ use std::{
 use tokio::{sync::watch, task::AbortHandle, time::Instant};
 
 /// Attempts to find a connection that stays open long enough to be used, per request.
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 4;
 
 /// Streams that may be opened before the peer's SETTINGS tell how many it allows. RFC 9113 section 6.5.2 recommends no
 /// less than 100; one more is told apart from a peer that says 100.
@@ -103,12 +103,12 @@ impl<C: Connect> Http2<C> {
     /// A stream of an open connection, or of one that is opened for it.
     async fn stream(self: &Arc<Self>) -> Result<Stream, SendError<C::Error>> {
         for _ in 0..ROUNDS {
-            let busy = match self.pick() {
+            let (busy, seen) = match self.pick() {
                 Picked::Stream(stream) => return Ok(stream),
-                Picked::Busy(stream) => Some(stream),
-                Picked::None => None,
+                Picked::Busy(stream, seen) => (Some(stream), seen),
+                Picked::None(seen) => (None, seen),
             };
-            if let Err(error) = self.connected().await {
+            if let Err(error) = self.connected(Some(seen)).await {
                 // Better late on a busy connection than never.
                 return busy.ok_or(SendError::Connect(error));
             }
@@ -129,15 +129,17 @@ impl<C: Connect> Http2<C> {
                 least = Some(conn);
             }
         }
-        let Some(least) = least else { return Picked::None };
+        let seen = Seen(Arc::as_ptr(&conns) as usize);
+        let Some(least) = least else { return Picked::None(seen) };
         least.streams.fetch_add(1, Ordering::Relaxed);
         let stream = Stream(least.clone());
-        if conns.len() < self.max_connections { Picked::Busy(stream) } else { Picked::Stream(stream) }
+        if conns.len() < self.max_connections { Picked::Busy(stream, seen) } else { Picked::Stream(stream) }
     }
 
-    /// Waits for the attempt to connect that is under way, or for a new one.
-    async fn connected(self: &Arc<Self>) -> Result<(), C::Error> {
-        let mut attempt = self.attempt();
+    /// Waits for the attempt to connect that is under way, or for a new one; does nothing if the connections are not
+    /// the ones that were seen any more.
+    async fn connected(self: &Arc<Self>, seen: Option<Seen>) -> Result<(), C::Error> {
+        let Some(mut attempt) = self.attempt(seen) else { return Ok(()) };
         match attempt.wait_for(Option::is_some).await {
             Ok(outcome) => outcome.clone().unwrap_or(Ok(())),
             // The runtime ends. The caller looks again, and gives up in the end.
@@ -145,10 +147,13 @@ impl<C: Connect> Http2<C> {
         }
     }
 
-    fn attempt(self: &Arc<Self>) -> Attempt<C::Error> {
+    fn attempt(self: &Arc<Self>, seen: Option<Seen>) -> Option<Attempt<C::Error>> {
         let mut connecting = self.connecting.lock();
         if let Some(attempt) = &*connecting {
-            return attempt.clone();
+            return Some(attempt.clone());
+        }
+        if seen.is_some_and(|Seen(seen)| seen != Arc::as_ptr(&self.conns.load()) as usize) {
+            return None;
         }
         let (tx, attempt) = watch::channel(None);
         *connecting = Some(attempt.clone());
@@ -161,7 +166,7 @@ impl<C: Connect> Http2<C> {
             drop(ended);
             tx.send_replace(Some(outcome));
         });
-        attempt
+        Some(attempt)
     }
 
     async fn open(self: &Arc<Self>) -> Result<(), C::Error> {
@@ -194,9 +199,14 @@ impl<C: Connect> Http2<C> {
 enum Picked {
     Stream(Stream),
     /// Of the connection with the fewest streams, all of which have all they may have; another may be opened.
-    Busy(Stream),
-    None,
+    Busy(Stream, Seen),
+    None(Seen),
 }
+
+/// Which list of connections was looked at: its address. A list that happens to be at the address of an older one
+/// costs a connection that was not needed, no more.
+#[derive(Copy, Clone)]
+struct Seen(usize);
 
 /// Ends an attempt to connect, so that the next request begins another.
 struct Ended<'h, C: Connect>(&'h Arc<Http2<C>>);
@@ -343,7 +353,7 @@ impl<C: Connect> Http2<C> {
         if let Some(closed) = open() {
             return Ok(Some(closed));
         }
-        self.connected().await?;
+        self.connected(None).await?;
         Ok(open())
     }
 }
