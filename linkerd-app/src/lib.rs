@@ -1,5 +1,6 @@
 //! The proxy: configuration, policy, its two sources, inbound, outbound, admin. The only place where stages are joined.
 
+pub mod await_ready;
 pub mod config;
 pub mod error;
 pub mod gateway;
@@ -11,3 +12,4 @@ pub mod policy;
 pub mod redirect;
 pub mod telemetry;
 pub mod transport;
+pub mod validate;

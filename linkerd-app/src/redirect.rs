@@ -342,16 +342,18 @@ fn undo(options: &Options, family: Family, runner: &Runner) -> Result<Outcome, E
     let (mut removed, mut failures, mut looked) = (Vec::new(), Vec::new(), false);
     for tools in runner.tools(family, options.mode)? {
         match remove(&tools, runner, options.wait) {
-            Ok(true) => removed.push(tools.name()),
-            Ok(false) => looked = true,
+            Ok(there) => {
+                looked = true;
+                removed.extend(there.then(|| tools.name()));
+            }
             Err(failure) => failures.push(failure),
         }
     }
-    match (removed.is_empty(), looked) {
-        (false, _) => Ok(Outcome::Removed(removed)),
-        (true, true) => Ok(Outcome::Absent),
-        (true, false) => Err(command::no_success(family, failures)),
+    // A tool that this kernel does not support holds no rules; one that we may not use can hold some.
+    if !looked || failures.iter().any(command::Failure::lacks_privileges) {
+        return Err(command::no_success(family, failures));
     }
+    Ok(if removed.is_empty() { Outcome::Absent } else { Outcome::Removed(removed) })
 }
 
 /// Takes our chains away; false if there were none.

@@ -115,4 +115,19 @@ mod tests {
         assert_eq!(Key::from_pem("no key").unwrap_err(), Invalid::NoKey);
         assert!(matches!(Key::from_pkcs8(vec![1, 2, 3]).signer(), Err(Invalid::Key(_))));
     }
+
+    /// What `step` and `openssl ecparam` write; made for this test alone.
+    #[test]
+    fn sec1_pem_is_read_and_signs() {
+        let pem = "-----BEGIN EC PRIVATE KEY-----\n\
+             MHcCAQEEILmCrngUJGcGf7dY/Vwj4kFdH5nzr9HnceJJ57VKznHSoAoGCCqGSM49\n\
+             AwEHoUQDQgAETQlZnrTZFPvGcSiTXBhEcLevZMKo0QAjh/KuusIzYb3irex56oZg\n\
+             +yYVreXRmpDfm6NkUy/70ly24xNmVXF8mQ==\n\
+             -----END EC PRIVATE KEY-----\n";
+        let key = Key::from_pem(pem).unwrap();
+        let id = "web.example".parse().unwrap();
+        let csr = crate::csr::csr_der(&key, &id).unwrap();
+        crate::csr::check(&csr, &key, &id).unwrap();
+        rustls::crypto::aws_lc_rs::sign::any_supported_type(&key.to_rustls()).unwrap();
+    }
 }

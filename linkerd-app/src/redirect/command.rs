@@ -55,7 +55,7 @@ impl Failure {
         Self { command, message }
     }
 
-    fn lacks_privileges(&self) -> bool {
+    pub(super) fn lacks_privileges(&self) -> bool {
         ["Permission denied", "Operation not permitted", "must be root"]
             .iter()
             .any(|words| self.message.contains(words))
@@ -68,11 +68,9 @@ impl fmt::Display for Failure {
     }
 }
 
-/// The error when every kind of tools failed: missing privileges if all of them lack those.
+/// The error when no kind of tools succeeded: missing privileges if that is what one of them lacks.
 pub(super) fn no_success(family: Family, failures: Vec<Failure>) -> Error {
-    if failures.iter().all(Failure::lacks_privileges)
-        && let Some(Failure { command, message }) = failures.first()
-    {
+    if let Some(Failure { command, message }) = failures.iter().find(|failure| failure.lacks_privileges()) {
         return Error::Privileges { command: command.clone(), message: message.clone() };
     }
     let failures = failures.iter().map(Failure::to_string).collect::<Vec<_>>().join("; ");
