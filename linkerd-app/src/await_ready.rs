@@ -28,8 +28,10 @@ const EXIT_OS: u8 = 71;
 /// What to wait for and what to run.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Admin port of the proxy, on this machine's loopback addresses.
+    /// Admin port of the proxy.
     pub port: u16,
+    /// Address of its admin server; none = this machine's loopback addresses, IPv4 first.
+    pub address: Option<IpAddr>,
     /// Pause after a failed try.
     pub backoff: Duration,
     /// Longest wait; none = for ever.
@@ -50,6 +52,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             port: 4191,
+            address: None,
             backoff: Duration::from_secs(1),
             timeout: None,
             timeout_fatal: true,
@@ -76,7 +79,7 @@ pub async fn run(options: Options) -> u8 {
         }
         None => {
             let end = options.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-            if !ready(options.port, options.backoff, end).await {
+            if !ready(&options, end).await {
                 eprintln!(
                     "linkerd-proxy await: the proxy's port {} was not ready within {:?}; `/ready` on that port says why",
                     options.port,
@@ -103,7 +106,7 @@ pub async fn run(options: Options) -> u8 {
         return failed(command.exec());
     }
     let code = supervise(command.into()).await.map_or_else(failed, exit_code);
-    match timeout(TRY, ask(options.port, "POST", "/shutdown")).await {
+    match timeout(TRY, ask(&options, "POST", "/shutdown")).await {
         Ok(Ok(status)) if (200..300).contains(&status) => say("the proxy was asked to shut down"),
         Ok(Ok(status)) => eprintln!(
             "linkerd-proxy await: the proxy refused to shut down with status {status}; \
@@ -116,13 +119,13 @@ pub async fn run(options: Options) -> u8 {
 }
 
 /// Tries until the proxy is ready or the time is over.
-async fn ready(port: u16, backoff: Duration, end: Option<Instant>) -> bool {
+async fn ready(options: &Options, end: Option<Instant>) -> bool {
     let tries = async {
         loop {
-            if let Ok(Ok(200..300)) = timeout(TRY, ask(port, "GET", "/ready")).await {
+            if let Ok(Ok(200..300)) = timeout(TRY, ask(options, "GET", "/ready")).await {
                 return;
             }
-            sleep(backoff).await;
+            sleep(options.backoff).await;
         }
     };
     match end {
@@ -135,8 +138,14 @@ async fn ready(port: u16, backoff: Duration, end: Option<Instant>) -> bool {
 }
 
 /// The status of a request without a body.
-async fn ask(port: u16, method: &str, path: &str) -> io::Result<u16> {
-    let local = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)].map(|ip| SocketAddr::new(ip, port));
+async fn ask(options: &Options, method: &str, path: &str) -> io::Result<u16> {
+    let port = options.port;
+    let local = match options.address {
+        Some(ip) => vec![SocketAddr::new(ip, port)],
+        None => [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)]
+            .map(|ip| SocketAddr::new(ip, port))
+            .to_vec(),
+    };
     let mut io = TcpStream::connect(&local[..]).await?;
     let request =
         format!("{method} {path} HTTP/1.1\r\nhost: localhost:{port}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
@@ -214,6 +223,7 @@ mod tests {
     fn options(port: u16) -> Options {
         Options {
             port,
+            address: None,
             backoff: Duration::from_millis(1),
             timeout: Some(Duration::from_secs(20)),
             ..Options::default()

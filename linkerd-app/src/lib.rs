@@ -1,7 +1,9 @@
 //! The proxy: configuration, policy, its two sources, inbound, outbound, admin. The only place where stages are joined.
 
+pub mod admin;
 pub mod await_ready;
 pub mod config;
+pub mod control;
 pub mod error;
 pub mod gateway;
 pub mod http;

@@ -1,8 +1,8 @@
 //! Keeping what was built for a key while it is used, and for a while after: found again by whoever asks in time,
 //! dropped once it has been idle. Used per connection or per target, not per request.
 
-use ahash::RandomState;
 use parking_lot::Mutex;
+use std::hash::RandomState;
 use std::{
     collections::{BTreeMap, HashMap},
     convert::Infallible,

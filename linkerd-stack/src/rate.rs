@@ -1,8 +1,8 @@
 //! Limits on requests per second (behaviour.md C.9): the generic cell rate algorithm (ITU-T I.371), one atomic word
 //! for each bucket. A bucket holds as many cells as the limit per second, is full at first, and refills evenly.
 
-use ahash::RandomState;
 use parking_lot::Mutex;
+use std::hash::{BuildHasher, RandomState};
 use std::{
     collections::HashMap,
     fmt,

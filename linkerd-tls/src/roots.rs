@@ -54,6 +54,13 @@ impl TrustAnchors {
         Ok(Self(Arc::new(Roots { anchors, certificates })))
     }
 
+    /// These roots and those of a bundle in DER, such as a SPIRE agent's; what can't be used is skipped.
+    pub fn extended(&self, bundle: &[Vec<u8>]) -> Self {
+        let more = bundle.iter().filter(|der| !self.contains(der)).take(MAX_ANCHORS);
+        let ders = self.0.certificates.iter().cloned().chain(more.map(|der| CertificateDer::from(der.clone())));
+        Self::from_der(ders.collect(), &mut Vec::new()).unwrap_or_else(|_| self.clone())
+    }
+
     /// How many there are.
     pub fn count(&self) -> usize {
         self.0.anchors.len()
@@ -96,6 +103,11 @@ mod tests {
         let (roots, warnings) = TrustAnchors::from_pem(&format!("{junk}text\n{good}{good}")).unwrap();
         assert_eq!(roots.count(), 2);
         assert_eq!(warnings.len(), 1, "{warnings:?}");
+        let other = Folder::new("roots-other").ca_pem();
+        let (other, _) = TrustAnchors::from_pem(&other).unwrap();
+        let bundle: Vec<Vec<u8>> = other.0.certificates.iter().map(|c| c.to_vec()).chain([b"junk".to_vec()]).collect();
+        assert_eq!(roots.extended(&bundle).count(), 3);
+        assert_eq!(roots.extended(&[]), roots);
         for bad in ["", "nothing", junk] {
             assert!(TrustAnchors::from_pem(bad).is_err(), "{bad}");
         }

@@ -1,5 +1,8 @@
 //! What the operator asked for, as inert values. `env` turns the environment into them; nothing else reads it.
 
+pub mod env;
+pub mod syntax;
+
 use crate::policy::{client::Backoff, endpoint::Http2Params};
 use ipnet::IpNet;
 use linkerd_tls::{Id, ServerName};
@@ -22,8 +25,8 @@ pub struct Config {
     pub gateway: Gateway,
     /// 1.2, 1.12
     pub admin: Admin,
-    /// 1.7
-    pub identity: Identity,
+    /// 1.7; absent in standalone mode, where the workload's Pod and the identity folder say it.
+    pub identity: Option<Identity>,
     /// 1.6; absent in standalone mode.
     pub control: Option<Control>,
     /// 1.10; absent = tap off.

@@ -9,6 +9,8 @@ pub mod documents;
 pub mod folder;
 mod schedule;
 
+pub use linkerd_tls::ca::{Init, init};
+
 pub use self::{
     certify::{Certified, Certify, Certifying},
     folder::Folder,
@@ -111,6 +113,11 @@ impl Installer {
     /// Own identity.
     pub fn id(&self) -> &linkerd_tls::Id {
         self.writer.id()
+    }
+
+    /// The roots in force.
+    pub fn trust_anchors(&self) -> TrustAnchors {
+        self.writer.trust_anchors()
     }
 
     /// Installs a certificate, with other trust anchors if some are given. Logs and counts the outcome.

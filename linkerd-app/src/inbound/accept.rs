@@ -61,7 +61,7 @@ pub(super) fn accept(inbound: &Inbound, accepted: Accepted) -> Result<(Conn, Tcp
 }
 
 /// The guards of behaviour.md A.1.
-fn conn(inbound: &Inbound, client: SocketAddr, target: SocketAddr) -> Result<Conn, Error> {
+pub(super) fn conn(inbound: &Inbound, client: SocketAddr, target: SocketAddr) -> Result<Conn, Error> {
     if !inbound.cfg.ips.is_empty() && !inbound.cfg.ips.contains(&target.ip()) {
         return Err(Error::new(Cause::Loop(target))
             .context("the destination is none of this proxy's addresses (LINKERD2_PROXY_INBOUND_IPS)"));

@@ -1,13 +1,15 @@
 //! Connections to the proxy's own port: mesh TLS with a client identity, then a transport header that says where to
 //! (behaviour.md A.5). Anything else is closed.
 
-use super::{Inbound, accept::Conn, http, opaque, tls};
+use super::{At, Failed, Inbound, accept::Conn, http, opaque, tls};
 use crate::{
     error::{Cause, Error},
     policy::{Target, authz::ClientTls},
+    telemetry::termination::Phase,
     transport::{
         TransportHeader,
-        header::{self, Session},
+        header::{self, HeaderError, Session},
+        io_failure,
     },
 };
 use linkerd_stack::{PrefixedIo, drain, http::Version};
@@ -24,36 +26,40 @@ pub(super) async fn serve(
     mut conn: Conn,
     mut io: TcpStream,
     drain: drain::Watch,
-) -> Result<(), Error> {
+) -> Result<(), Failed> {
     // TLS, for us, by an identified client.
     let Some(identity) = &inbound.identity else {
-        return Err(not_direct("this proxy has no identity"));
+        return Err(not_direct("this proxy has no identity")).at(Phase::Tls);
     };
     let (sni, read) = select! {
         biased;
-        hello = tls::client_hello(inbound, &mut io, inbound.cfg.detect_timeout) => hello?,
+        hello = tls::client_hello(inbound, &mut io, inbound.cfg.detect_timeout) => hello.at(Phase::Detect)?,
         () = drain.signaled() => return Ok(()),
     };
     match sni {
         Sni::Name(name) if name.eq_ignore_ascii_case(identity.server_name().as_str()) => {}
         Sni::NotTls if read.is_empty() => return Ok(()), // Connected and left: a probe.
-        Sni::Name(_) | Sni::NoName | Sni::NotTls | Sni::Incomplete => return Err(not_direct("no mesh TLS")),
+        Sni::Name(_) | Sni::NoName | Sni::NotTls | Sni::Incomplete => {
+            return Err(not_direct("no mesh TLS")).at(Phase::Tls);
+        }
     }
     let (accepted, mut io) = identity
         .accept(PrefixedIo::new(read, io), Alpn::TransportHeader)
         .await
-        .map_err(|error| tls::handshake(&error))?;
+        .map_err(|error| tls::handshake(&error))
+        .at(Phase::Tls)?;
     let Some(client_id) = accepted.client_id else {
-        return Err(not_direct("no client identity"));
+        return Err(not_direct("no client identity")).at(Phase::Tls);
     };
     if !accepted.transport_header {
-        return Err(not_direct("no transport header agreed on"));
+        return Err(not_direct("no transport header agreed on")).at(Phase::Tls);
     }
 
     // Where to, and how.
     let (header, rest) = header::read(&mut io, inbound.cfg.detect_timeout)
         .await
-        .map_err(|error| Error::new(Cause::Unexpected(error.to_string().into())).context("direct connection"))?;
+        .map_err(|error| header_failure(&error))
+        .at(Phase::Detect)?;
     let session = match header.session {
         Some(Session::Http1) => "http/1",
         Some(Session::Http2) => "http/2",
@@ -81,7 +87,8 @@ pub(super) async fn serve(
             let target = Target::Name(name.into(), port);
             let Some(gateway) = &inbound.gateway else {
                 return Err(Error::new(Cause::GatewayDomain)
-                    .context(format!("{target}: gateway mode is off (LINKERD2_PROXY_INBOUND_GATEWAY_SUFFIXES)")));
+                    .context(format!("{target}: gateway mode is off (LINKERD2_PROXY_INBOUND_GATEWAY_SUFFIXES)")))
+                .at(Phase::Policy);
             };
             match session {
                 Some(session) => {
@@ -93,9 +100,19 @@ pub(super) async fn serve(
     }
 }
 
+/// The failure to say where to.
+fn header_failure(error: &HeaderError) -> Error {
+    let cause = match error {
+        HeaderError::Timeout(timeout) => Cause::DetectTimeout(*timeout),
+        HeaderError::Io(error) => return io_failure(error).context("transport header"),
+        error => Cause::BadRequest(error.to_string().into()),
+    };
+    Error::new(cause).context("transport header")
+}
+
 /// The failure of connections that are no business of this port.
 fn not_direct(why: &str) -> Error {
-    Error::new(Cause::Unexpected(why.into())).context(
+    Error::new(Cause::BadRequest(why.into())).context(
         "a connection to the proxy's own port must come from another meshed proxy; connections to the application \
          need redirection: run `linkerd-proxy redirect`",
     )

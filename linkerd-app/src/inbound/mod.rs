@@ -15,19 +15,23 @@ mod opaque;
 pub mod policy;
 mod tls;
 
+#[cfg(test)]
+mod tests;
+
 use self::{accept::Conn, detect::Protocol, local::Locals, tls::Secured};
 use crate::{
     config,
     error::{Cause, Error},
     gateway::Gateway,
     policy::Source,
-    telemetry::Telemetry,
-    transport::{Accepted, BoundListener},
+    telemetry::{Code, Direction, Telemetry, access::AccessLog, termination::Phase},
+    transport::BoundListener,
 };
+use bytes::Bytes;
 use linkerd_stack::drain;
 use linkerd_tls::identity::Reader;
 use std::{net::SocketAddr, sync::Arc};
-use tokio::{select, sync::Semaphore};
+use tokio::{net::TcpStream, select, sync::Semaphore};
 
 /// Connections to the application that may be opened while their clients have said nothing yet. More silent clients
 /// than that wait for the timeout as if the application never spoke first.
@@ -53,13 +57,14 @@ impl Inbound {
         identity: Option<Reader>,
         source: Arc<dyn Source>,
         telemetry: Telemetry,
+        access: AccessLog,
         admin_port: u16,
     ) -> Arc<Self> {
         let own = cfg.listen.addr.port();
         let pinned = cfg.ports.iter().copied().chain([admin_port]).chain(gateway.is_some().then_some(own));
         let ports = policy::Ports::new(source, cfg.discovery_idle_timeout, pinned);
         Arc::new(Self {
-            guard: Arc::new(http::Guard::new(ports, telemetry.clone(), cfg.authority_labels)),
+            guard: Arc::new(http::Guard::new(ports, telemetry.clone(), access, cfg.authority_labels)),
             locals: Locals::new(cfg, telemetry.clone()),
             early_dials: Arc::new(Semaphore::new(MAX_EARLY_DIALS)),
             cfg: cfg.clone(),
@@ -93,36 +98,35 @@ impl Inbound {
             let (this, drain) = (self.clone(), drain.clone());
             tokio::spawn(async move {
                 let client = accepted.client;
-                if let Err((target, error)) = this.connection(accepted, drain).await {
-                    this.failed(client, target.unwrap_or(local), &error);
+                match accept::accept(&this, accepted).at(Phase::Accept) {
+                    Ok((conn, io)) => this.serve_connection(conn, io, drain).await,
+                    Err(failed) => this.failed(client, local, &failed),
                 }
             });
         }
     }
 
+    async fn serve_connection(self: &Arc<Self>, conn: Conn, io: TcpStream, drain: drain::Watch) {
+        let (client, target) = (conn.client, conn.target);
+        if let Err(failed) = self.connection(conn, io, drain).await {
+            self.failed(client, target, &failed);
+        }
+    }
+
     /// The table of contents.
-    async fn connection(
-        self: &Arc<Self>,
-        accepted: Accepted,
-        drain: drain::Watch,
-    ) -> Result<(), (Option<SocketAddr>, Error)> {
-        let (conn, io) = accept::accept(self, accepted).map_err(|error| (None, error))?;
-        let target = conn.target;
-        let served = async {
-            if conn.direct {
-                return direct::serve(self, conn, io, drain).await;
+    async fn connection(self: &Arc<Self>, conn: Conn, io: TcpStream, drain: drain::Watch) -> Result<(), Failed> {
+        if conn.direct {
+            return direct::serve(self, conn, io, drain).await;
+        }
+        match tls::secure(self, conn, io, &drain).await? {
+            Secured::Plain(conn, io) => self.protocol(conn, io, drain).await,
+            Secured::Mesh(conn, io) => self.protocol(conn, io, drain).await,
+            Secured::Early(conn, io, app) => {
+                let client = opaque::Side::Tcp(Bytes::new(), io);
+                opaque::forward(self, conn, client, Some(app), drain).await
             }
-            match tls::secure(self, conn, io, &drain).await? {
-                Secured::Plain(conn, io) => self.protocol(conn, io, drain).await,
-                Secured::Mesh(conn, io) => self.protocol(conn, io, drain).await,
-                Secured::Early(conn, io, app) => {
-                    let client = opaque::Side::Tcp(bytes::Bytes::new(), io);
-                    opaque::forward(self, conn, client, Some(app), drain).await
-                }
-                Secured::Gone => Ok(()),
-            }
-        };
-        served.await.map_err(|error| (Some(target), error))
+            Secured::Gone => Ok(()),
+        }
     }
 
     async fn protocol<I: opaque::Stream>(
@@ -130,8 +134,8 @@ impl Inbound {
         conn: Conn,
         io: I,
         drain: drain::Watch,
-    ) -> Result<(), Error> {
-        match detect::protocol(self, &conn, io, &drain).await? {
+    ) -> Result<(), Failed> {
+        match detect::protocol(self, &conn, io, &drain).await.at(Phase::Detect)? {
             Protocol::Http(version, io) => http::serve(self, conn, version, Box::new(io), drain).await,
             Protocol::Opaque(read, io, app) => opaque::forward(self, conn, io.side(read), app, drain).await,
             Protocol::Gone => Ok(()),
@@ -139,13 +143,32 @@ impl Inbound {
     }
 
     /// Where a failed connection's error stops: it is counted and logged.
-    fn failed(&self, client: SocketAddr, target: SocketAddr, error: &Error) {
+    fn failed(&self, client: SocketAddr, target: SocketAddr, Failed { code, error }: &Failed) {
         self.telemetry.inbound_tcp_errors(target).failed(error.cause());
+        self.telemetry.terminated(Direction::Inbound, *code);
         match error.cause() {
-            Cause::DetectTimeout(_) | Cause::Loop(_) | Cause::InvalidPolicy(_) => {
-                tracing::warn!(%client, %target, %error, "connection closed");
+            Cause::DetectTimeout(_) | Cause::Loop(_) | Cause::InvalidPolicy(_) | Cause::BadRequest(_) => {
+                tracing::warn!(%client, %target, %code, %error, "connection closed");
             }
-            _ => tracing::info!(%client, %target, %error, "connection closed"),
+            _ => tracing::info!(%client, %target, %code, %error, "connection closed"),
         }
+    }
+}
+
+/// Why a connection ended badly.
+#[derive(Debug)]
+struct Failed {
+    code: Code,
+    error: Error,
+}
+
+/// Tells how far a connection had come when it failed.
+trait At<T> {
+    fn at(self, phase: Phase) -> Result<T, Failed>;
+}
+
+impl<T> At<T> for Result<T, Error> {
+    fn at(self, phase: Phase) -> Result<T, Failed> {
+        self.map_err(|error| Failed { code: Code::of(error.cause(), phase), error })
     }
 }

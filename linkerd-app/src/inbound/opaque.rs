@@ -1,7 +1,7 @@
 //! Connections forwarded unread: authorized once, and again whenever the policy changes (behaviour.md C.5).
 
 use super::{
-    Inbound,
+    At, Failed, Inbound,
     accept::Conn,
     denial::Case,
     local::App,
@@ -9,10 +9,9 @@ use super::{
     tls::Plain,
 };
 use crate::{
-    error::Error,
     gateway::Gateway,
     policy::{ServerPolicy, Target},
-    telemetry::{ConnLabels, ConnMetrics, Direction, Peer, ServerLabels, TlsLabels},
+    telemetry::{Code, ConnLabels, ConnMetrics, Direction, Peer, ServerLabels, TlsLabels, termination::Phase},
     transport::{Metered, io_failure},
 };
 use bytes::Bytes;
@@ -63,7 +62,7 @@ pub(super) async fn forward(
     client: Side,
     app: Option<App>,
     _drain: drain::Watch,
-) -> Result<(), Error> {
+) -> Result<(), Failed> {
     let mut changes = conn.port.changes();
     let policy = changes.borrow_and_update().clone();
     if !authorize(inbound, &conn, &policy) {
@@ -76,25 +75,27 @@ pub(super) async fn forward(
                 let mut src = Metered::new((), src);
                 let app = match app {
                     Some(app) => app,
-                    None => inbound.locals.connect(conn.target).await?,
+                    None => inbound.locals.connect(conn.target).await.at(Phase::Connect)?,
                 };
                 let (speech, mut app) = app.into_parts();
                 let mut dst = Metered::new((), inbound.locals.metrics());
                 let copied = splice(&mut io, &read, &mut app, &speech, src.meter(), dst.meter()).await;
-                copied.map_err(|error| {
+                let copied = copied.map_err(|error| {
                     src.failed(&error);
                     dst.failed(&error);
                     io_failure(&error)
-                })
+                });
+                copied.at(Phase::Response)
             }
             Side::Other(io) => {
                 let io = Metered::new(io, src);
                 let app = match app {
                     Some(app) => app,
-                    None => inbound.locals.connect(conn.target).await?,
+                    None => inbound.locals.connect(conn.target).await.at(Phase::Connect)?,
                 };
                 let app = Metered::new(app, inbound.locals.metrics());
-                copy::duplex(io, app).await.map(|_| ()).map_err(|error| io_failure(&error))
+                let copied = copy::duplex(io, app).await;
+                copied.map(|_| ()).map_err(|error| io_failure(&error)).at(Phase::Response)
             }
         }
     };
@@ -141,7 +142,7 @@ pub(super) async fn gateway(
     gateway: &Gateway,
     target: Target,
     _drain: drain::Watch,
-) -> Result<(), Error> {
+) -> Result<(), Failed> {
     let mut changes = conn.port.changes();
     let policy = changes.borrow_and_update().clone();
     if !authorize(inbound, &conn, &policy) {
@@ -149,7 +150,7 @@ pub(super) async fn gateway(
     }
     let io = Box::new(Metered::new(io, inbound.telemetry.conn(src_labels(&conn, &policy))));
     select! {
-        passed = gateway.opaque(target, conn.tls.client_id(), io) => passed,
+        passed = gateway.opaque(target, conn.tls.client_id(), io) => passed.at(Phase::Connect),
         () = revoked(inbound, &conn, &mut changes) => Ok(()),
     }
 }
@@ -180,6 +181,7 @@ fn authorize(inbound: &Inbound, conn: &Conn, policy: &Arc<ServerPolicy>) -> bool
         }
         None => {
             metrics.tcp_deny().inc();
+            inbound.telemetry.terminated(Direction::Inbound, Code::PolicyUnauthorized);
             inbound.guard.lines.denied(case);
             false
         }
@@ -196,6 +198,7 @@ async fn revoked(inbound: &Inbound, conn: &Conn, changes: &mut watch::Receiver<A
         let policy = changes.borrow_and_update().clone();
         if permit_tcp(&policy, conn.client.ip(), &conn.tls).is_none() {
             inbound.telemetry.inbound_server(server_labels(conn, &policy)).tcp_terminate().inc();
+            inbound.telemetry.terminated(Direction::Inbound, Code::PolicyRevoked);
             inbound.guard.lines.terminated(case(conn, &policy));
             return;
         }

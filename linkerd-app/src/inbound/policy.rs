@@ -237,13 +237,12 @@ pub(super) mod tests {
         }
     }
 
+    /// Wait for first bytes in tests.
+    pub(crate) const DETECT: Duration = Duration::from_millis(600);
+
     pub(crate) fn detect(authorizations: Vec<Authorization>) -> ServerPolicy {
         let routes = [Route::implicit(authorizations.clone())];
-        server(Protocol::Detect {
-            timeout: Duration::from_secs(10),
-            http: Arc::new(routes),
-            tcp: authorizations.into(),
-        })
+        server(Protocol::Detect { timeout: DETECT, http: Arc::new(routes), tcp: authorizations.into() })
     }
 
     pub(crate) fn server(protocol: Protocol) -> ServerPolicy {

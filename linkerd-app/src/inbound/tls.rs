@@ -5,7 +5,7 @@
 //! where policy lets this client connect opaquely without TLS.
 
 use super::{
-    Inbound,
+    At, Failed, Inbound,
     accept::Conn,
     first::{First, PLAIN_AFTER, first},
     local::App,
@@ -17,6 +17,7 @@ use crate::{
         authz::{ClientTls, NoTls},
         server::Protocol,
     },
+    telemetry::termination::Phase,
     transport::io_failure,
 };
 use bytes::Bytes;
@@ -57,7 +58,7 @@ pub(super) async fn secure(
     mut conn: Conn,
     mut io: TcpStream,
     drain: &drain::Watch,
-) -> Result<Secured, Error> {
+) -> Result<Secured, Failed> {
     if matches!(conn.policy.policy.protocol, Protocol::Opaque(_)) {
         conn.tls = ClientTls::None(NoTls::PortSkipped);
         return Ok(Secured::Plain(conn, PrefixedIo::new(Bytes::new(), io)));
@@ -77,18 +78,18 @@ pub(super) async fn secure(
     };
     match waited {
         First::Client(Ok(0)) => Ok(Secured::Gone),
-        First::Client(Err(error)) => Err(io_failure(&error)),
+        First::Client(Err(error)) => Err(io_failure(&error)).at(Phase::Detect),
         First::Client(Ok(_)) => {
             let left = inbound.cfg.detect_timeout.saturating_sub(start.elapsed());
-            let (sni, read) = client_hello(inbound, &mut io, left).await?;
-            terminate(inbound, conn, sni, PrefixedIo::new(read, io)).await
+            let (sni, read) = client_hello(inbound, &mut io, left).await.at(Phase::Detect)?;
+            terminate(inbound, conn, sni, PrefixedIo::new(read, io)).await.at(Phase::Tls)
         }
         First::App(app) => {
             tracing::debug!(client = %conn.client, target = %conn.target, "the application spoke first: opaque");
             conn.tls = plain;
             Ok(Secured::Early(conn, io, app))
         }
-        First::Timeout => Err(silent(inbound.cfg.detect_timeout)),
+        First::Timeout => Err(silent(inbound.cfg.detect_timeout)).at(Phase::Detect),
     }
 }
 

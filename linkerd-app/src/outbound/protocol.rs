@@ -34,6 +34,10 @@ const GRACE: Duration = Duration::from_millis(20);
 /// The same at a destination whose clients spoke HTTP so far.
 const GRACE_HTTP: Duration = Duration::from_secs(1);
 
+/// A detection timeout up to this is waited for: whoever set it so short has chosen when a silent connection becomes
+/// opaque, and an early connection that may turn out to be in vain would save little.
+const SHORT: Duration = Duration::from_secs(2);
+
 /// Bytes of a server's first words that are read before the client gets them.
 const SPEECH: usize = 4_096;
 
@@ -120,7 +124,7 @@ async fn detect(
     let mut ahead = Ahead::default();
     let result = {
         let mut detecting = pin!(detect::http(io, limit, &mut read));
-        let mut server = pin!(ahead.listen(dst));
+        let mut server = pin!(ahead.listen(dst, limit));
         tokio::select! {
             biased;
             result = &mut detecting => Some(result),
@@ -164,7 +168,10 @@ struct Ahead {
 
 impl Ahead {
     /// Connects after a moment of silence, and waits for the server. True once it has spoken; false if it will not.
-    async fn listen(&mut self, dst: &Destination) -> bool {
+    async fn listen(&mut self, dst: &Destination, limit: Duration) -> bool {
+        if limit <= SHORT {
+            return false;
+        }
         let grace = match dst.heard() {
             Heard::Nothing | Heard::Other => GRACE,
             Heard::Http => GRACE_HTTP,

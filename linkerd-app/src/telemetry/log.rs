@@ -59,6 +59,15 @@ impl Handle {
         Self(None)
     }
 
+    /// A handle whose filter nothing is logged by.
+    #[cfg(test)]
+    pub(crate) fn detached(filter: &str) -> Self {
+        let (layer, handle) = reload::Layer::new(lossy(filter));
+        // The handle refers to the layer, which a subscriber would own.
+        Box::leak(Box::new(layer));
+        Self(Some(handle))
+    }
+
     /// The filter in force, as directives separated by commas; none when logging is off.
     pub fn filter(&self) -> Option<String> {
         self.0.as_ref()?.with_current(EnvFilter::to_string).ok()

@@ -23,7 +23,7 @@ mod route;
 mod store;
 mod tcp;
 pub mod termination;
-mod watchdog;
+pub mod watchdog;
 
 pub use self::{
     authz::InboundServer,

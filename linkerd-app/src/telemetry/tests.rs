@@ -298,14 +298,14 @@ fn nothing_is_printed_before_it_happens() {
     let labels = RouteLabels { parent: service("web"), route: Meta::default("http"), hostname: None };
     let route = t.outbound_route(RouteKind::Http, labels);
     let page = t.render();
-    assert!(!page.contains("inbound_http_authz_allow_total"));
-    assert!(!page.contains("outbound_http_route"));
-    assert!(!page.contains("manifests_"));
+    assert!(samples(&page, "inbound_http_authz_allow_total").is_empty());
+    assert!(!page.contains("TYPE outbound_http_route"));
+    assert!(!page.contains("TYPE manifests_"));
     assert!(!page.contains("rustls_info"));
     allow.inc();
     route.request();
     let page = t.render();
-    assert!(page.contains("inbound_http_authz_allow_total"));
+    assert_eq!(samples(&page, "inbound_http_authz_allow_total").len(), 1);
     assert!(page.contains("outbound_http_route_request_frame_size_bytes_count"));
     assert!(!page.contains("outbound_http_route_request_duration_seconds"));
     assert!(!page.contains("outbound_http_route_retry"));

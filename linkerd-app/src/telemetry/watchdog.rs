@@ -44,7 +44,7 @@ impl Watchdog {
             let wakes = self.metrics.worker_park_unpark_count(i);
             let busy = self.metrics.worker_total_busy_duration(i);
             // Parking makes the count odd.
-            let parked = wakes % 2 == 1;
+            let parked = !wakes.is_multiple_of(2);
             if parked || wakes != seen.wakes || busy != seen.busy {
                 *seen = Seen { wakes, busy, since: now };
             }
@@ -74,7 +74,11 @@ mod tests {
                 dog.check()
             })
         };
-        check_after(Duration::ZERO);
+        // Both have started and found nothing to do.
+        let metrics = watched.metrics();
+        while (0..2).any(|i| metrics.worker_park_unpark_count(i).is_multiple_of(2)) {
+            std::thread::yield_now();
+        }
 
         let (entered, begun) = mpsc::channel();
         let (release, gate) = mpsc::channel::<()>();
@@ -83,18 +87,15 @@ mod tests {
             gate.recv().unwrap();
         });
         begun.recv().unwrap();
+        while (0..2).all(|i| metrics.worker_park_unpark_count(i).is_multiple_of(2)) {
+            std::thread::yield_now();
+        }
         check_after(Duration::ZERO);
         assert_eq!(check_after(STUCK / 2), None);
         let stuck = check_after(STUCK).unwrap();
         assert_eq!(stuck.matches("worker").count(), 1, "{stuck}");
 
         release.send(()).unwrap();
-        // Both workers run something before they park again.
-        watched.block_on(async {
-            for _ in 0..8 {
-                tokio::spawn(tokio::task::yield_now()).await.unwrap();
-            }
-        });
         while check_after(Duration::ZERO).is_some() {
             std::thread::yield_now();
         }

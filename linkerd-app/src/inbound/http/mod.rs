@@ -2,12 +2,13 @@
 //! (`l5d-client-id`), normalize (authority), limit (requests in flight), policy (route, authorization, filters, rate
 //! limit), metrics, the application's client. Failures become answers in one place, on the way back.
 
+mod access;
 mod observe;
 mod policy;
 
 pub use self::policy::{Connection, Guard, Kind, PolicyService};
 
-use super::{Inbound, accept::Conn};
+use super::{Failed, Inbound, accept::Conn};
 use crate::{
     config,
     error::{Cause, Error},
@@ -20,7 +21,7 @@ use crate::{
         Target,
         endpoint::{Http2Params, Http2Windows},
     },
-    telemetry::{ConnLabels, Direction, Peer, TlsLabels},
+    telemetry::{Code, ConnLabels, Direction, Peer, TlsLabels, access::Entry},
     transport::{Metered, io_failure},
 };
 use ::http::{HeaderName, HeaderValue, Request, Response, uri::Authority};
@@ -38,7 +39,7 @@ use std::{
     sync::Arc,
     task::{Context, Poll},
 };
-use tokio::sync::Semaphore;
+use tokio::{sync::Semaphore, time::Instant};
 
 /// The verified identity of a meshed client. Set or removed on every request, so that it cannot be forged.
 const L5D_CLIENT_ID: HeaderName = HeaderName::from_static("l5d-client-id");
@@ -53,7 +54,7 @@ pub(super) async fn serve(
     version: Version,
     io: BoxedIo,
     drain: drain::Watch,
-) -> Result<(), Error> {
+) -> Result<(), Failed> {
     // Clients of direct connections name their target (behaviour.md A.5).
     let default_authority = (!conn.direct).then(|| Authority::try_from(conn.target.to_string()).ok()).flatten();
     let local = inbound.locals.http(conn.target);
@@ -76,7 +77,7 @@ pub(super) async fn serve_gateway(
     gateway: &Gateway,
     target: Target,
     drain: drain::Watch,
-) -> Result<(), Error> {
+) -> Result<(), Failed> {
     let default_authority = Authority::try_from(target.to_string()).ok();
     let out = gateway.http(target, conn.tls.client_id().cloned());
     run(inbound, conn, Kind::Gateway, version, io, default_authority, out, drain).await
@@ -92,7 +93,7 @@ async fn run(
     default_authority: Option<Authority>,
     inner: BoxService<Request<Body>, Response<Body>, Error>,
     drain: drain::Watch,
-) -> Result<(), Error> {
+) -> Result<(), Failed> {
     let labels = ConnLabels {
         direction: Direction::Inbound,
         peer: Peer::Src,
@@ -156,6 +157,12 @@ impl tower::Service<Request<Body>> for Server {
 
 impl Shared {
     async fn serve(&self, mut req: Request<Body>) -> Result<Response<Body>, Reset> {
+        let conn = self.policy.connection();
+        let line = self.policy.access().map(|log| {
+            let entry = Entry::new(&req, conn.client, conn.tls.client_id().cloned());
+            access::Line::new(log.clone(), Instant::now(), entry)
+        });
+
         // Restore, identify.
         let mut asked = Asked::of(&req);
         let carried = orig_proto::restore_request(&mut req);
@@ -167,14 +174,19 @@ impl Shared {
             None => drop(req.headers_mut().remove(L5D_CLIENT_ID)),
         }
 
+        let mut termination = None;
         let mut rsp = match self.answer(req, &asked).await {
             Ok(rsp) => rsp,
             Err(error) => {
-                self.policy.failed(error.cause());
-                log(self.policy.connection(), &error);
+                termination = Some(self.policy.failed(&error));
                 match self.rescue.answer(&error, &asked) {
                     Answer::Response(rsp) => rsp,
-                    Answer::Reset(reason) => return Err(Reset::new(reason)),
+                    Answer::Reset(reason) => {
+                        if let Some(line) = line {
+                            line.reset(termination);
+                        }
+                        return Err(Reset::new(reason));
+                    }
                 }
             }
         };
@@ -184,7 +196,10 @@ impl Shared {
         if carried.is_some() {
             orig_proto::upgrade_response(&mut rsp);
         }
-        Ok(rsp)
+        Ok(match line {
+            Some(line) => line.response(termination, rsp),
+            None => rsp,
+        })
     }
 
     async fn answer(&self, mut req: Request<Body>, asked: &Asked) -> Result<Response<Body>, Error> {
@@ -200,29 +215,15 @@ impl Shared {
     }
 }
 
-/// Where a failed request's error stops.
-fn log(conn: &Connection, error: &Error) {
-    match error.cause() {
-        // Said in full where it was decided, within bounds.
-        Cause::Unauthorized | Cause::NoRoute => {}
-        Cause::Redirect { .. }
-        | Cause::InjectedHttp { .. }
-        | Cause::InjectedGrpc { .. }
-        | Cause::RateLimited { .. } => {
-            tracing::debug!(client = %conn.client, target = %conn.target, %error, "request answered by policy");
-        }
-        _ => tracing::info!(client = %conn.client, target = %conn.target, %error, "request failed"),
-    }
-}
-
 /// The failure that the end of a connection means.
-fn ended(error: ServeError) -> Error {
-    match error {
-        ServeError::Io(error) => io_failure(&error),
-        ServeError::Reset(reset) => Cause::Http2Reset(reset.reason()).into(),
-        ServeError::Protocol(message) => Cause::BadRequest(message).into(),
-        ServeError::Other(message) => Cause::Unexpected(message).into(),
-    }
+fn ended(error: ServeError) -> Failed {
+    let (code, error) = match error {
+        ServeError::Io(error) => (Code::ResponseCanceled, io_failure(&error)),
+        ServeError::Reset(reset) => (Code::ResponseReset, Cause::Http2Reset(reset.reason()).into()),
+        ServeError::Protocol(message) => (Code::RequestInvalid, Cause::BadRequest(message).into()),
+        ServeError::Other(message) => (Code::Unexpected, Cause::Unexpected(message).into()),
+    };
+    Failed { code, error }
 }
 
 /// The server's settings, as the stack takes them.

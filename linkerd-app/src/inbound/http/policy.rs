@@ -23,7 +23,10 @@ use crate::{
         route::Precedence,
         server::{Protocol, Route},
     },
-    telemetry::{Counter, EndpointLabels, InboundRouteLabels, InboundServer, RouteKind, ServerLabels, Telemetry},
+    telemetry::{
+        Code, Counter, Direction, EndpointLabels, InboundRouteLabels, InboundServer, RouteKind, ServerLabels,
+        Telemetry, access::AccessLog, termination::Phase,
+    },
 };
 use ::http::{Request, Response};
 use arc_swap::ArcSwap;
@@ -38,6 +41,7 @@ pub struct Guard {
     pub(in crate::inbound) ports: Ports,
     pub(in crate::inbound) lines: Lines,
     telemetry: Telemetry,
+    access: AccessLog,
     authority_labels: bool,
 }
 
@@ -91,8 +95,13 @@ enum Decision {
 }
 
 impl Guard {
-    pub(in crate::inbound) fn new(ports: Ports, telemetry: Telemetry, authority_labels: bool) -> Self {
-        Self { ports, lines: Lines::default(), telemetry, authority_labels }
+    pub(in crate::inbound) fn new(
+        ports: Ports,
+        telemetry: Telemetry,
+        access: AccessLog,
+        authority_labels: bool,
+    ) -> Self {
+        Self { ports, lines: Lines::default(), telemetry, access, authority_labels }
     }
 
     /// The port, for [`Connection::port`].
@@ -192,8 +201,7 @@ impl PolicyService {
                     .context(format!("client {}", self.conn.client));
                 // Metrics count what the client sees of a dead application: an answer.
                 if is_endpoint_level(error.cause(), asked) {
-                    resolved.metrics.http_errors().failed(error.cause());
-                    tracing::info!(client = %self.conn.client, %error, "request failed");
+                    self.failed(&error);
                     Ok(rescue.response(&error, asked))
                 } else {
                     Err(error)
@@ -212,13 +220,30 @@ impl PolicyService {
         }
     }
 
-    /// Counts a request that the proxy failed.
-    pub(super) fn failed(&self, cause: &Cause) {
-        match cause {
-            // They have families of their own.
-            Cause::Unauthorized | Cause::NoRoute => {}
-            cause => self.resolved.load().metrics.http_errors().failed(cause),
+    /// Where lines about requests go; none if there is no log, and for the admin server.
+    pub(super) fn access(&self) -> Option<&AccessLog> {
+        match self.conn.kind {
+            Kind::App | Kind::Gateway => Some(&self.guard.access).filter(|log| log.is_on()),
+            Kind::Admin => None,
         }
+    }
+
+    /// Where a failed request's error stops: it is counted and logged.
+    pub(super) fn failed(&self, error: &Error) -> Code {
+        let (client, target) = (self.conn.client, self.conn.target);
+        let code = Code::of(error.cause(), Phase::Request);
+        self.guard.telemetry.terminated(Direction::Inbound, code);
+        match error.cause() {
+            // They have families of their own, and were told in full where they were decided.
+            Cause::Unauthorized | Cause::NoRoute => return code,
+            Cause::Redirect { .. }
+            | Cause::InjectedHttp { .. }
+            | Cause::InjectedGrpc { .. }
+            | Cause::RateLimited { .. } => tracing::debug!(%client, %target, %code, %error, "answered by policy"),
+            _ => tracing::info!(%client, %target, %code, %error, "request failed"),
+        }
+        self.resolved.load().metrics.http_errors().failed(error.cause());
+        code
     }
 
     /// The policy in force, brought up to date if it has changed. No lock is taken.

@@ -1,0 +1,356 @@
+//! What each command does: arguments in, exit code out. The work itself is linkerd-app's.
+
+use crate::{
+    cli::{Await, Check, Cli, Command, Identity, Names, Redirect, Run, Validate},
+    runtime,
+};
+use clap::Parser;
+use linkerd_app::{
+    app::{App, Home, Parts},
+    await_ready,
+    config::{self, Config, env as environment, syntax},
+    redirect,
+    standalone::{self, Standalone},
+    telemetry::{
+        Telemetry,
+        access::{self, AccessLog},
+        log,
+    },
+    validate,
+};
+use std::{ffi::OsString, future::Future, path::Path, process::ExitCode, sync::Arc, time::Duration};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+
+/// Bad configuration or arguments (`EX_USAGE`, contract.md 3.2).
+const EXIT_USAGE: u8 = 64;
+
+/// Runs the command that the arguments name. Without any this is the Linkerd proxy.
+pub(crate) fn dispatch(args: impl Iterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no failures, and go to stdout.
+            let failed = error.use_stderr();
+            let _ = error.print();
+            return if failed { EXIT_USAGE.into() } else { ExitCode::SUCCESS };
+        }
+    };
+    match cli.command {
+        None => linkerd(),
+        Some(Command::Run(args)) => run(args),
+        Some(Command::Check(args)) => check(args),
+        Some(Command::Identity(Identity::Init { dir, trust_domain, force })) => {
+            identity_init(&dir, trust_domain, force)
+        }
+        Some(Command::Redirect(args)) => redirect(args),
+        Some(Command::Await(args)) => await_ready(args),
+        Some(Command::Validate(args)) => validate(args),
+    }
+}
+
+/// The Linkerd proxy: everything from the environment.
+pub(crate) fn linkerd() -> ExitCode {
+    let log = match init_log() {
+        Ok(log) => log,
+        Err(code) => return code,
+    };
+    let config = match read_environment(environment::Mode::Linkerd) {
+        Ok(config) => config,
+        Err(code) => {
+            if std::env::var_os("LINKERD2_PROXY_DESTINATION_SVC_ADDR").is_none() {
+                eprintln!("Without a cluster: linkerd-proxy run --help");
+            }
+            return code;
+        }
+    };
+    serve(config, None, log)
+}
+
+/// The proxy beside a workload of a folder of manifests.
+fn run(args: Run) -> ExitCode {
+    let log = match init_log() {
+        Ok(log) => log,
+        Err(code) => return code,
+    };
+    let mut config = match read_environment(environment::Mode::Standalone { explicit: true }) {
+        Ok(config) => config,
+        Err(code) => return code,
+    };
+    let Some((namespace, pod)) = args.workload.split_once('/').filter(|(ns, pod)| !ns.is_empty() && !pod.is_empty())
+    else {
+        return usage(&format!("--workload {:?}: expected NAMESPACE/POD", args.workload));
+    };
+    let mut options = match options(&args.mesh.names, &config) {
+        Ok(options) => options,
+        Err(why) => return usage(&why),
+    };
+    options.dirs = args.mesh.manifests.into_iter().map(Into::into).collect();
+    options.workload = Some((namespace.to_string(), pod.to_string()));
+    let (standalone, workload) = match Standalone::open(options) {
+        Ok(opened) => opened,
+        Err(error) => return failure(&format!("manifests: {error}")),
+    };
+    let server_name = match workload.id.to_server_name() {
+        Some(name) => name,
+        None => return failure(&format!("{} is no DNS-like identity", workload.id)),
+    };
+    config.identity = Some(config::Identity {
+        id: workload.id.clone(),
+        server_name,
+        issuer: config::Issuer::Folder(args.identity),
+        min_refresh: Duration::from_secs(10),
+        max_refresh: Duration::from_secs(24 * 60 * 60),
+    });
+    if config.inbound.ips.is_empty() {
+        config.inbound.ips = Arc::new(workload.ips.iter().copied().collect());
+    }
+    config.inbound.ports.extend(workload.ports.iter().copied());
+    serve(config, Some(standalone), log)
+}
+
+fn serve(config: Config, standalone: Option<Arc<Standalone>>, log: log::Handle) -> ExitCode {
+    let telemetry = Telemetry::new(config.metrics);
+    let env = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect();
+    let access_log = match access_log(&telemetry) {
+        Ok(access_log) => access_log,
+        Err(error) => return failure(&format!("access log: {error}")),
+    };
+    let (traffic, daemon) = match (runtime::traffic(), runtime::daemon()) {
+        (Ok(traffic), Ok(daemon)) => (traffic, daemon),
+        (Err(error), _) | (_, Err(error)) => return failure(&format!("cannot start the runtime: {error}")),
+    };
+    traffic.block_on(async move {
+        let home = standalone.map_or(Home::Linkerd, Home::Standalone);
+        let (app, beside) = match App::build(Parts { config, home, telemetry, access_log: access_log.clone(), log, env }) {
+            Ok(parts) => parts,
+            Err(error) => return failure(&error.to_string()),
+        };
+        let signals = match signals() {
+            Ok(signals) => signals,
+            Err(error) => return failure(&format!("cannot handle signals: {error}")),
+        };
+        let thread = std::thread::Builder::new().name("admin".into());
+        if let Err(error) = thread.spawn(move || daemon.block_on(beside.run())) {
+            return failure(&format!("cannot start the admin thread: {error}"));
+        }
+        app.serve(signals).await;
+        access_log.flush();
+        ExitCode::SUCCESS
+    })
+}
+
+/// The names of the signals that ask the process to stop, as they arrive.
+fn signals() -> std::io::Result<mpsc::Receiver<&'static str>> {
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (tx, rx) = mpsc::channel(1);
+    tokio::spawn(async move {
+        loop {
+            let name = tokio::select! {
+                _ = term.recv() => "SIGTERM",
+                _ = int.recv() => "SIGINT",
+            };
+            if tx.send(name).await.is_err() {
+                return;
+            }
+        }
+    });
+    Ok(rx)
+}
+
+fn init_log() -> Result<log::Handle, ExitCode> {
+    let filter = std::env::var("LINKERD2_PROXY_LOG").ok();
+    let format = log::Format::parse(&std::env::var("LINKERD2_PROXY_LOG_FORMAT").unwrap_or_default());
+    match log::init(filter.as_deref(), format) {
+        Ok(handle) => {
+            tracing::info!(
+                "{} {} {} ({})",
+                if cfg!(debug_assertions) { "debug" } else { "release" },
+                env!("CARGO_PKG_VERSION"),
+                option_env!("GIT_SHA").unwrap_or("unknown"),
+                env!("CARGO_PKG_NAME"),
+            );
+            Ok(handle)
+        }
+        Err(error) => {
+            eprintln!("Invalid logging configuration: {error}");
+            Err(EXIT_USAGE.into())
+        }
+    }
+}
+
+fn access_log(telemetry: &Telemetry) -> std::io::Result<AccessLog> {
+    let Ok(format) = std::env::var("LINKERD2_PROXY_ACCESS_LOG") else { return Ok(AccessLog::off()) };
+    match format.parse::<access::Format>() {
+        Ok(format) => AccessLog::start(format, telemetry.access_log_drops()),
+        Err(error) => {
+            eprintln!("LINKERD2_PROXY_ACCESS_LOG: {error}; the access log stays off");
+            Ok(AccessLog::off())
+        }
+    }
+}
+
+fn read_environment(mode: environment::Mode) -> Result<Config, ExitCode> {
+    let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    match environment::parse(&|name| std::env::var_os(name), names, mode) {
+        Ok(parsed) => {
+            for warning in parsed.warnings {
+                tracing::warn!(target: "linkerd_app::env", "{warning}");
+            }
+            Ok(parsed.config)
+        }
+        Err(invalid) => {
+            for fault in &invalid.faults {
+                tracing::error!(target: "linkerd_app::env", "{fault}");
+            }
+            eprintln!("Invalid configuration: {invalid}");
+            Err(EXIT_USAGE.into())
+        }
+    }
+}
+
+fn options(names: &Names, config: &Config) -> Result<standalone::Options, String> {
+    let mut options = standalone::Options {
+        trust_domain: names.trust_domain.clone(),
+        cluster_domain: names.cluster_domain.clone(),
+        //default_policy: config.inbound.default_policy,
+        inbound_detect_timeout: config.inbound.detect_timeout,
+        outbound_detect_timeout: config.outbound.detect_timeout,
+        ..standalone::Options::default()
+    };
+    if !config.inbound.cluster_networks.is_empty() {
+        options.cluster_networks = config.inbound.cluster_networks.clone();
+    }
+    for range in &names.service_ranges {
+        match range.parse() {
+            Ok(ipnet::IpNet::V4(net)) => options.service_range_v4 = net,
+            Ok(ipnet::IpNet::V6(net)) => options.service_range_v6 = net,
+            Err(_) => return Err(format!("--service-range {range:?}: expected CIDR notation like 10.96.0.0/12")),
+        }
+    }
+    Ok(options)
+}
+
+fn check(args: Check) -> ExitCode {
+    let config = match read_environment(environment::Mode::Standalone { explicit: true }) {
+        Ok(config) => config,
+        Err(code) => return code,
+    };
+    let mut options = match options(&args.names, &config) {
+        Ok(options) => options,
+        Err(why) => return usage(&why),
+    };
+    options.dirs = args.dirs.into_iter().map(Into::into).collect();
+    let report = standalone::check(&options);
+    print!("{report}");
+    if report.has_errors() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+fn identity_init(dir: &Path, trust_domain: String, overwrite: bool) -> ExitCode {
+    let init = linkerd_app::identity::Init { trust_domain, overwrite, ..Default::default() };
+    match linkerd_app::identity::init(dir, &init) {
+        Ok(files) => {
+            for file in files {
+                println!("wrote {}", file.display());
+            }
+            ExitCode::SUCCESS
+        }
+        Err(error) => failure(&format!("identity init: {error}")),
+    }
+}
+
+/// Defaults of our own, before the flags that were given: the last value of a flag counts.
+const REDIRECT_DEFAULTS: &[&str] =
+    &["--incoming-proxy-port=4143", "--outgoing-proxy-port=4140", "--proxy-uid=2102", "--use-wait-flag"];
+
+fn redirect(args: Redirect) -> ExitCode {
+    let defaults = REDIRECT_DEFAULTS.iter().map(ToString::to_string);
+    // Lists add up, so they have a default only where none is given.
+    let given = |name: &str| args.flags.iter().any(|flag| flag.split('=').next() == Some(name));
+    let lists =
+        (!given("--inbound-ports-to-ignore")).then(|| "--inbound-ports-to-ignore=4190,4191,4567,4568".to_string());
+    let skips = (!given("--outbound-ports-to-ignore")).then(|| "--outbound-ports-to-ignore=4567,4568".to_string());
+    let flags = defaults.chain(lists).chain(skips).chain(args.flags.iter().cloned());
+    let action = match (args.undo, args.check, args.dry_run) {
+        (true, ..) => Some(redirect::Action::Undo),
+        (_, true, _) => Some(redirect::Action::Check),
+        (_, _, true) => Some(redirect::Action::DryRun),
+        _ => None,
+    };
+    apply_rules(flags, action)
+}
+
+/// The original init program, under its own name and flags.
+pub(crate) fn init(args: Vec<OsString>) -> ExitCode {
+    apply_rules(args.into_iter().map(|arg| arg.to_string_lossy().into_owned()), None)
+}
+
+fn apply_rules(flags: impl Iterator<Item = String>, action: Option<redirect::Action>) -> ExitCode {
+    let flags = match redirect::parse_init_flags(flags) {
+        Ok(flags) => flags,
+        Err(error) => return failure(&format!("redirect: {error}")),
+    };
+    for ignored in &flags.ignored {
+        eprintln!("{ignored} has no effect");
+    }
+    let mut options = flags.options;
+    if let Some(action) = action {
+        options.action = action;
+    }
+    match redirect::run(&options) {
+        Ok(report) => {
+            print!("{report}");
+            if report.is_as_asked(options.action) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(error) => failure(&format!("redirect: {error}")),
+    }
+}
+
+fn await_ready(args: Await) -> ExitCode {
+    let duration = |name: &str, text: &str| syntax::duration(text).map_err(|why| format!("--{name} {text:?}: {why}"));
+    let (backoff, timeout) =
+        match (duration("backoff", &args.backoff), args.timeout.as_deref().map(|t| duration("timeout", t)).transpose())
+        {
+            (Ok(backoff), Ok(timeout)) => (backoff, timeout),
+            (Err(why), _) | (_, Err(why)) => return usage(&why),
+        };
+    let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    block_on(await_ready::run(await_ready::Options {
+        address: args.address,
+        port: args.port,
+        backoff,
+        timeout,
+        timeout_fatal: args.timeout_fatal,
+        shutdown: args.shutdown,
+        disabled: set("LINKERD_AWAIT_DISABLED").or_else(|| set("LINKERD_DISABLED")),
+        verbose: set("LINKERD_AWAIT_VERBOSE").is_some(),
+        command: args.command,
+    }))
+}
+
+fn validate(args: Validate) -> ExitCode {
+    let timeout = match syntax::duration(&args.timeout) {
+        Ok(timeout) => timeout,
+        Err(why) => return usage(&format!("--timeout {:?}: {why}", args.timeout)),
+    };
+    block_on(validate::run(validate::Options { listen: args.listen_addr, connect: args.connect_addr, timeout }))
+}
+
+fn block_on(work: impl Future<Output = u8>) -> ExitCode {
+    match runtime::daemon() {
+        Ok(runtime) => runtime.block_on(work).into(),
+        Err(error) => failure(&format!("cannot start the runtime: {error}")),
+    }
+}
+
+fn usage(why: &str) -> ExitCode {
+    eprintln!("Invalid configuration: {why}");
+    EXIT_USAGE.into()
+}
+
+fn failure(why: &str) -> ExitCode {
+    eprintln!("Initialization failure: {why}");
+    ExitCode::FAILURE
+}

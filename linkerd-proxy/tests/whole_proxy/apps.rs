@@ -1,0 +1,171 @@
+//! Applications and clients: real HTTP/1 and HTTP/2 by hyper, and raw bytes.
+
+use crate::net::Pod;
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
+use hyper::{
+    body::{Frame, Incoming},
+    client::conn::{http1, http2},
+    service::service_fn,
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use std::{convert::Infallible, net::SocketAddr, time::Duration};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    task::AbortHandle,
+};
+
+pub type Body = BoxBody<Bytes, Infallible>;
+
+/// A server task that ends on drop.
+pub struct App(AbortHandle);
+
+impl Drop for App {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// What an answer says.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub body: String,
+    pub trailers: HeaderMap,
+}
+
+/// HTTP/1 and HTTP/2 by what the client speaks. Answers with `NAME METHOD PATH`, the HTTP version in `x-version`, the
+/// client identity it was told in `x-client-id`; `/sleep/MS` waits first; gRPC requests get trailers.
+pub fn http(pod: &Pod, port: u16, name: &'static str) -> App {
+    let listener = pod.listen(port);
+    let task = tokio::spawn(async move {
+        loop {
+            let Ok((io, _)) = listener.accept().await else { continue };
+            tokio::spawn(async move {
+                let mut start = [0; 4];
+                let http2 = matches!(io.peek(&mut start).await, Ok(4)) && &start == b"PRI ";
+                let service = service_fn(move |req| answer(name, req));
+                if http2 {
+                    let builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+                    let _ = builder.serve_connection(TokioIo::new(io), service).await;
+                } else {
+                    let builder = hyper::server::conn::http1::Builder::new();
+                    let _ = builder.serve_connection(TokioIo::new(io), service).with_upgrades().await;
+                }
+            });
+        }
+    });
+    App(task.abort_handle())
+}
+
+async fn answer(name: &'static str, mut req: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+    let path = req.uri().path().to_string();
+    if let Some(ms) = path.strip_prefix("/sleep/").and_then(|ms| ms.parse().ok()) {
+        tokio::time::sleep(Duration::from_millis(ms)).await;
+    }
+    if req.headers().get("upgrade").is_some_and(|v| v == "websocket") {
+        let upgrade = hyper::upgrade::on(&mut req);
+        tokio::spawn(async move {
+            let Ok(io) = upgrade.await else { return };
+            let (mut rd, mut wr) = tokio::io::split(TokioIo::new(io));
+            let _ = tokio::io::copy(&mut rd, &mut wr).await;
+        });
+        let mut rsp = Response::new(Full::default().boxed());
+        *rsp.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        rsp.headers_mut().insert("upgrade", HeaderValue::from_static("websocket"));
+        rsp.headers_mut().insert("connection", HeaderValue::from_static("upgrade"));
+        return Ok(rsp);
+    }
+    let version = format!("{:?}", req.version());
+    let client = req.headers().get("l5d-client-id").cloned();
+    let grpc = req.headers().get("content-type").is_some_and(|v| v == "application/grpc");
+    let text = format!("{name} {} {path}", req.method());
+    let sent = req.into_body().collect().await.map(|b| b.to_bytes()).unwrap_or_default();
+    let body = if sent.is_empty() { Bytes::from(text) } else { sent };
+    let mut rsp = if grpc {
+        let trailers = HeaderMap::from_iter([("grpc-status".parse().unwrap(), HeaderValue::from_static("0"))]);
+        let frames = [Ok(Frame::data(body)), Ok(Frame::trailers(trailers))];
+        let mut rsp = Response::new(BoxBody::new(StreamBody::new(futures_util::stream::iter(frames))));
+        rsp.headers_mut().insert("content-type", HeaderValue::from_static("application/grpc"));
+        rsp
+    } else {
+        Response::new(Full::new(body).boxed())
+    };
+    rsp.headers_mut().insert("x-version", version.parse().unwrap());
+    if let Some(client) = client {
+        rsp.headers_mut().insert("x-client-id", client);
+    }
+    Ok(rsp)
+}
+
+/// Echoes bytes.
+pub fn tcp_echo(pod: &Pod, port: u16) -> App {
+    tcp(pod, port, "")
+}
+
+/// Greets first, then echoes.
+pub fn server_first(pod: &Pod, port: u16, greeting: &'static str) -> App {
+    tcp(pod, port, greeting)
+}
+
+fn tcp(pod: &Pod, port: u16, greeting: &'static str) -> App {
+    let listener = pod.listen(port);
+    let task = tokio::spawn(async move {
+        loop {
+            let Ok((mut io, _)) = listener.accept().await else { continue };
+            tokio::spawn(async move {
+                let _ = io.write_all(greeting.as_bytes()).await;
+                let (mut rd, mut wr) = io.split();
+                let _ = tokio::io::copy(&mut rd, &mut wr).await;
+                let _ = wr.shutdown().await;
+            });
+        }
+    });
+    App(task.abort_handle())
+}
+
+/// An HTTP/1.1 connection.
+pub async fn http1(pod: &Pod, addr: SocketAddr) -> http1::SendRequest<Full<Bytes>> {
+    let io = pod.connect(addr).await.expect("a connection");
+    let (send, conn) = http1::handshake(TokioIo::new(io)).await.expect("a handshake");
+    tokio::spawn(conn.with_upgrades());
+    send
+}
+
+/// An HTTP/2 connection with prior knowledge.
+pub async fn http2(pod: &Pod, addr: SocketAddr) -> http2::SendRequest<Full<Bytes>> {
+    let io = pod.connect(addr).await.expect("a connection");
+    let (send, conn) = http2::handshake(TokioExecutor::new(), TokioIo::new(io)).await.expect("a handshake");
+    tokio::spawn(conn);
+    send
+}
+
+/// One GET on a connection of its own.
+pub async fn get(pod: &Pod, addr: SocketAddr, path: &str, headers: &[(&str, &str)]) -> Result<Answer, hyper::Error> {
+    let mut send = http1(pod, addr).await;
+    let mut req = Request::get(path).header("host", "web.shop.svc.cluster.local");
+    for (name, value) in headers {
+        req = req.header(*name, *value);
+    }
+    read(send.send_request(req.body(Full::default()).unwrap()).await?).await
+}
+
+pub async fn read(rsp: Response<Incoming>) -> Result<Answer, hyper::Error> {
+    let (head, body) = rsp.into_parts();
+    let body = body.collect().await?;
+    let trailers = body.trailers().cloned().unwrap_or_default();
+    let body = String::from_utf8_lossy(&body.to_bytes()).into_owned();
+    Ok(Answer { status: head.status, headers: head.headers, body, trailers })
+}
+
+/// Reads exactly as many bytes as the text has, within a few seconds.
+pub async fn expect_text(io: &mut (impl AsyncReadExt + Unpin), text: &str) {
+    let mut buf = vec![0; text.len()];
+    tokio::time::timeout(Duration::from_secs(5), io.read_exact(&mut buf))
+        .await
+        .unwrap_or_else(|_| panic!("{text:?} did not come"))
+        .unwrap_or_else(|e| panic!("{text:?} did not come: {e}"));
+    assert_eq!(String::from_utf8_lossy(&buf), text);
+}

@@ -1,0 +1,248 @@
+//! A mesh for one test: pods, a folder of manifests, an identity folder, one proxy process per meshed pod.
+
+use crate::net::{Net, Pod};
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    fs,
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+pub const NAMESPACE: &str = "shop";
+const PROXY_UID: &str = "2102";
+const BINARY: &str = env!("CARGO_BIN_EXE_linkerd-proxy");
+/// A debug build on a busy machine; only failures wait this long.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+pub struct World {
+    proxies: BTreeMap<String, Child>,
+    pods: BTreeMap<String, Pod>,
+    pub dir: PathBuf,
+    net: Net,
+}
+
+impl World {
+    /// None where namespaces can't be made (said on stdout).
+    pub fn new(test: &str) -> Option<Self> {
+        let net = Net::new()?;
+        let dir = std::env::temp_dir().join(format!("linkerd-proxy-{}-{test}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(dir.join("manifests")).expect("a temporary folder");
+        let world = Self { proxies: BTreeMap::new(), pods: BTreeMap::new(), dir, net };
+        let identity = world.dir.join("identity");
+        success(Command::new(BINARY).args(["identity", "init"]).arg(&identity));
+        success(Command::new("chown").args(["-R", PROXY_UID]).arg(&identity));
+        success(Command::new("chmod").arg("755").arg(&world.dir));
+        Some(world)
+    }
+
+    /// A pod without a proxy; `extra` goes below `metadata` and `spec` of its manifest.
+    pub fn plain(&mut self, name: &str, ports: &[(&str, u16)]) -> Pod {
+        self.add_pod(name, ports, "", &[])
+    }
+
+    /// A pod with redirection; its proxy starts with [`World::start`].
+    pub fn meshed(&mut self, name: &str, ports: &[(&str, u16)], annotations: &[(&str, &str)]) -> Pod {
+        let pod = self.add_pod(name, ports, "    linkerd.io/control-plane-ns: linkerd\n", annotations);
+        for args in [&["redirect"][..], &["redirect", "--check"]] {
+            success(pod.command(BINARY).args(args));
+        }
+        pod
+    }
+
+    fn add_pod(&mut self, name: &str, ports: &[(&str, u16)], labels: &str, annotations: &[(&str, &str)]) -> Pod {
+        let pod = self.net.pod(name);
+        let mut yaml = format!(
+            "apiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n  namespace: {NAMESPACE}\n  labels:\n    app: {name}\n{labels}"
+        );
+        if !annotations.is_empty() {
+            yaml.push_str("  annotations:\n");
+        }
+        for (key, value) in annotations {
+            writeln!(yaml, "    {key}: {value:?}").expect("a string");
+        }
+        write!(yaml, "spec:\n  serviceAccountName: {name}\n  containers:\n  - name: app\n    ports:\n")
+            .expect("a string");
+        for (port_name, port) in ports {
+            writeln!(yaml, "    - {{name: {port_name}, containerPort: {port}}}").expect("a string");
+        }
+        if ports.is_empty() {
+            yaml.push_str("    []\n");
+        }
+        write!(yaml, "status:\n  podIP: {0}\n  podIPs: [{{ip: {0}}}, {{ip: \"{1}\"}}]\n", pod.ip4, pod.ip6)
+            .expect("a string");
+        self.manifest(&format!("pod-{name}"), &yaml);
+        self.pods.insert(name.to_string(), pod.clone());
+        pod
+    }
+
+    /// Writes or replaces a manifest file, in one step as an operator's tool would.
+    pub fn manifest(&self, name: &str, yaml: &str) {
+        let temporary = self.dir.join(format!("{name}.tmp"));
+        fs::write(&temporary, yaml).expect("a manifest");
+        fs::rename(temporary, self.manifests().join(format!("{name}.yaml"))).expect("a manifest");
+    }
+
+    pub fn manifests(&self) -> PathBuf {
+        self.dir.join("manifests")
+    }
+
+    /// Starts the proxies of the named pods and waits until they are ready.
+    pub async fn start(&mut self, pods: &[&str]) {
+        for name in pods {
+            self.spawn(name, &[]);
+        }
+        for name in pods {
+            self.wait_ready(name).await;
+        }
+    }
+
+    pub fn spawn(&mut self, name: &str, env: &[(&str, &str)]) {
+        let pod = &self.pods[name];
+        let log = fs::File::create(self.log_path(name)).expect("a log file");
+        let mut command = pod.command("setpriv");
+        command
+            .args(["--reuid", PROXY_UID, "--regid", PROXY_UID, "--clear-groups", "--", BINARY, "run"])
+            .arg("--manifests")
+            .arg(self.manifests())
+            .args(["--workload", &format!("{NAMESPACE}/{name}"), "--identity"])
+            .arg(self.dir.join("identity"))
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+            .env("LINKERD2_PROXY_LOG", "warn,linkerd=debug")
+            .env("LINKERD2_PROXY_INBOUND_LISTEN_ADDR", "[::]:4143")
+            .env("LINKERD2_PROXY_OUTBOUND_LISTEN_ADDRS", "127.0.0.1:4140,[::1]:4140")
+            .env("LINKERD2_PROXY_ADMIN_LISTEN_ADDR", "[::]:4191")
+            .env("LINKERD2_PROXY_SHUTDOWN_ENDPOINT_ENABLED", "true")
+            .envs(env.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("a log file"))
+            .stderr(log);
+        self.proxies.insert(name.to_string(), command.spawn().expect("the proxy starts"));
+    }
+
+    pub async fn wait_ready(&mut self, name: &str) {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.proxies.get_mut(name).and_then(|p| p.try_wait().expect("a child")) {
+                panic!("{name}'s proxy ended with {status}:\n{}", self.log(name));
+            }
+            if let Ok((200, _)) = self.admin(name, "GET", "/ready").await {
+                return;
+            }
+            assert!(Instant::now() < end, "{name}'s proxy is not ready:\n{}", self.log(name));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// One request to a proxy's admin port from inside its pod.
+    pub async fn admin(&self, name: &str, method: &str, path: &str) -> std::io::Result<(u16, String)> {
+        let mut io = self.pods[name].connect(([127, 0, 0, 1], 4191).into()).await?;
+        io.write_all(format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").as_bytes())
+            .await?;
+        let mut text = String::new();
+        io.read_to_string(&mut text).await?;
+        let status = text.get(9..12).and_then(|s| s.parse().ok()).unwrap_or(0);
+        Ok((status, text.split_once("\r\n\r\n").map(|(_, body)| body.to_string()).unwrap_or_default()))
+    }
+
+    /// The sum of a family's samples whose labels contain all of the given texts.
+    pub async fn metric(&self, name: &str, family: &str, labels: &[&str]) -> f64 {
+        let (_, text) = self.admin(name, "GET", "/metrics").await.expect("metrics");
+        text.lines()
+            .filter(|l| l.strip_prefix(family).is_some_and(|rest| rest.starts_with(['{', ' '])))
+            .filter(|l| labels.iter().all(|label| l.contains(label)))
+            .filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok())
+            .sum()
+    }
+
+    /// Waits until a condition on the world holds.
+    pub async fn eventually(&self, what: &str, mut condition: impl AsyncFnMut() -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !condition().await {
+            assert!(Instant::now() < end, "{what}: not within {PATIENCE:?}\n{}", self.logs());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    pub fn terminate(&self, name: &str) {
+        success(Command::new("kill").args(["-TERM", &self.proxies[name].id().to_string()]));
+    }
+
+    /// Exit code of a proxy that is expected to end.
+    pub async fn exit_code(&mut self, name: &str) -> Option<i32> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.proxies.get_mut(name).expect("a proxy").try_wait().expect("a child") {
+                return status.code();
+            }
+            assert!(Instant::now() < end, "{name}'s proxy does not end:\n{}", self.log(name));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    pub fn log(&self, name: &str) -> String {
+        fs::read_to_string(self.log_path(name)).unwrap_or_default()
+    }
+
+    pub fn logs(&self) -> String {
+        self.proxies.keys().map(|name| format!("--- {name}\n{}", tail(&self.log(name), 60))).collect()
+    }
+
+    fn log_path(&self, name: &str) -> PathBuf {
+        self.dir.join(format!("{name}.log"))
+    }
+
+    pub fn bridge_netns(&self) -> String {
+        self.net.bridge_netns()
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.logs());
+        }
+        for proxy in self.proxies.values_mut() {
+            let _ = proxy.kill();
+            let _ = proxy.wait();
+        }
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<_> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+#[track_caller]
+pub fn success(command: &mut Command) {
+    let out = command.output().expect("the command exists");
+    assert!(
+        out.status.success(),
+        "{command:?}: {}\n{}{}",
+        out.status,
+        String::from_utf8_lossy(&out.stdout),
+        String::from_utf8_lossy(&out.stderr)
+    );
+}
+
+/// A Service on a ClusterIP, for the pods labelled `app: <selects>`.
+pub fn service(name: &str, selects: &str, ips: &[&str], ports: &[(&str, u16, &str, Option<&str>)]) -> String {
+    let mut yaml = format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: {NAMESPACE}}}\nspec:\n  clusterIP: {:?}\n  clusterIPs: {ips:?}\n  selector: {{app: {selects}}}\n  ports:\n",
+        ips[0]
+    );
+    for (port_name, port, target, app_protocol) in ports {
+        write!(yaml, "  - {{name: {port_name}, port: {port}, targetPort: {target}").expect("a string");
+        if let Some(protocol) = app_protocol {
+            write!(yaml, ", appProtocol: {protocol}").expect("a string");
+        }
+        yaml.push_str("}\n");
+    }
+    yaml
+}
