@@ -117,6 +117,7 @@ fn settings() -> config::Outbound {
             max_concurrent_streams: None,
             max_frame_size: None,
             max_header_size: 1 << 16,
+            max_header_setting: "LINKERD2_PROXY_OUTBOUND_SERVER_HTTP2_MAX_HEADER_LIST_SIZE",
             max_pending_accept_reset_streams: None,
             max_send_buf_size: None,
         },
