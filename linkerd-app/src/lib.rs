@@ -1,6 +1,7 @@
 //! The proxy: configuration, policy, its two sources, inbound, outbound, admin. The only place where stages are joined.
 
 pub mod admin;
+pub mod app;
 pub mod await_ready;
 pub mod config;
 pub mod control;
@@ -12,6 +13,7 @@ pub mod inbound;
 pub mod outbound;
 pub mod policy;
 pub mod redirect;
+pub mod standalone;
 pub mod telemetry;
 pub mod transport;
 pub mod validate;

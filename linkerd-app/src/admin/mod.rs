@@ -327,3 +327,5 @@ fn not_allowed(methods: &[Method]) -> Response<Body> {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod wire;

@@ -7,7 +7,7 @@ use std::time::Duration;
 const LOCAL: &str = "127.0.0.1:1234";
 const REMOTE: &str = "10.0.0.9:1234";
 
-fn options() -> Options {
+pub(super) fn options() -> Options {
     Options {
         ready: Ready::new(true),
         telemetry: Telemetry::new(config::Metrics { retain_idle: Duration::from_secs(600) }),

@@ -27,7 +27,7 @@ pub enum Mode {
     Linkerd,
     /// A folder of manifests: all of them are given on the command line instead.
     Standalone {
-        /// Serve explicit listeners; no redirection is expected.
+        /// Serve connections that nothing redirected, too.
         explicit: bool,
     },
 }
@@ -613,6 +613,7 @@ fn http_server(env: &mut Reader<'_>, names: &Http2Names) -> HttpServer {
         max_concurrent_streams: env.parse(names.streams, s::integer),
         max_frame_size: env.parse(names.frame, frame_size),
         max_header_size: env.or(names.headers, DEFAULT_MAX_HEADER_SIZE, s::integer),
+        max_header_setting: names.headers,
         max_pending_accept_reset_streams: env.parse(names.pending, s::integer),
         max_send_buf_size: env.parse(names.send_buf, s::integer),
     }

@@ -111,8 +111,8 @@ pub struct Outbound {
     pub profile_suffixes: Suffixes,
     /// Addresses for which service profiles may be looked up.
     pub profile_networks: Vec<IpNet>,
-    /// Treat connections as coming from clients that know they talk to a proxy: no original destination is looked
-    /// up; HTTP requests name their Service (absolute form, CONNECT, Host).
+    /// Whether connections that nothing redirected are served too: their clients know that they talk to a proxy, and
+    /// HTTP requests name their Service (absolute form, CONNECT, Host).
     pub explicit: bool,
 }
 
@@ -190,6 +190,8 @@ pub struct HttpServer {
     pub max_frame_size: Option<u32>,
     /// Largest head of a request, HTTP/1 and HTTP/2 alike, bytes.
     pub max_header_size: u32,
+    /// The setting that bounds it; the answer 431 names it.
+    pub max_header_setting: &'static str,
     /// Streams reset by the client before they were accepted.
     pub max_pending_accept_reset_streams: Option<usize>,
     /// Write buffer per stream, bytes.

@@ -19,6 +19,7 @@ mod convert;
 pub mod defaults;
 mod discovery;
 pub mod metrics;
+mod profile;
 mod record;
 mod resolve;
 mod server;
@@ -280,6 +281,14 @@ impl Source for Control {
         })
     }
 
+    fn watch_service_profile(&self, name: &str, port: u16) -> Option<watch::Receiver<profile::Known>> {
+        let target = Target::Name(name.into(), port);
+        let subscription = self.watch_profile(&target)?;
+        let (tx, rx) = watch::channel(None);
+        self.runtime.spawn(profile::run(target, subscription, tx));
+        Some(rx)
+    }
+
     fn resolve(&self, discovery: &str) -> Resolution {
         let request = self.destination_request(discovery.to_string());
         let client = DestinationClient::with_origin(self.destination.client.clone(), self.destination.origin.clone());
@@ -370,6 +379,7 @@ mod tests {
             max_concurrent_streams: None,
             max_frame_size: None,
             max_header_size: 65_536,
+            max_header_setting: "LINKERD2_PROXY_OUTBOUND_SERVER_HTTP2_MAX_HEADER_LIST_SIZE",
             max_pending_accept_reset_streams: None,
             max_send_buf_size: None,
         }

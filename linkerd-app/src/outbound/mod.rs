@@ -14,6 +14,9 @@ mod params;
 mod protocol;
 mod rule;
 mod session;
+mod status;
+#[cfg(test)]
+mod tests;
 mod tracked;
 
 use self::{
@@ -131,9 +134,9 @@ impl Outbound {
 
     async fn connection(self, accepted: Accepted, drain: drain::Watch) {
         let (client, local) = (accepted.client, accepted.local);
-        let target = if self.rt.config.explicit { Ok(None) } else { original(&accepted).map(Some) };
-        let target = match target {
-            Ok(target) => target,
+        let target = match original(&accepted) {
+            Ok(target) => Some(target),
+            Err(_) if self.rt.config.explicit => None,
             Err(error) => {
                 tracing::warn!(%client, %error, "connection without a destination dropped");
                 return;
@@ -207,7 +210,8 @@ impl Outbound {
     ) -> Result<(), Error> {
         let (version, read) = protocol::http(self.rt.config.detect_timeout, &mut io).await?;
         let Some(version) = version else {
-            let why = "an explicit listener takes HTTP proxy requests only: absolute form, CONNECT, or Host";
+            let why = "the connection was not redirected (see `linkerd-proxy redirect`), so it must be an HTTP request \
+                       that names its destination: in absolute form, by CONNECT, or by Host";
             return Err(Cause::BadRequest(why.into()).into());
         };
         let routing = Routing::Explicit(Named::new(self.discover.clone()));
@@ -310,7 +314,7 @@ fn server_config(config: &config::HttpServer) -> ServerConfig {
         max_concurrent_streams: config.max_concurrent_streams,
         max_frame_size: config.max_frame_size,
         max_header_size: config.max_header_size,
-        max_header_setting: "LINKERD2_PROXY_MAX_HEADER_SIZE",
+        max_header_setting: config.max_header_setting,
         max_pending_accept_reset_streams: config.max_pending_accept_reset_streams,
         max_send_buf_size: config.max_send_buf_size,
     }

@@ -5,6 +5,7 @@
 mod access;
 mod observe;
 mod policy;
+mod profile;
 
 pub use self::policy::{Connection, Guard, Kind, PolicyService};
 
@@ -236,9 +237,9 @@ pub fn server_config(cfg: &config::HttpServer) -> ServerConfig {
         max_concurrent_streams: cfg.max_concurrent_streams,
         max_frame_size: cfg.max_frame_size,
         max_header_size: cfg.max_header_size,
+        max_header_setting: cfg.max_header_setting,
         max_pending_accept_reset_streams: cfg.max_pending_accept_reset_streams,
         max_send_buf_size: cfg.max_send_buf_size,
-        ..ServerConfig::default()
     }
 }
 

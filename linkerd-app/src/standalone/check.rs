@@ -1,0 +1,276 @@
+//! Validation for people: everything that reading objects found, and what only shows when objects are seen together, such as
+//! a route to a Service that is not there. The latter are warnings: the traffic concerned gets a defined answer.
+
+use super::{
+    Mesh, Settings, Work,
+    client::is_outside,
+    files::{Files, Folder},
+    index::{Index, View},
+    manifest::{BackendKind, FilterSpec, Key, Object, ParentKind, Requirement, Route, RouteKind, ServiceKind},
+    report::{Finding, Report, Severity},
+};
+use std::{net::IpAddr, path::PathBuf, sync::Arc};
+
+/// Checks folders (or single files) as one mesh, with default settings.
+pub fn check(folders: &[PathBuf]) -> Report {
+    let folders: Vec<_> = folders.iter().map(|path| Folder { path: path.clone(), cluster: None }).collect();
+    check_with(&folders, &Settings::default())
+}
+
+/// Checks folders as one mesh.
+pub fn check_with(folders: &[Folder], settings: &Settings) -> Report {
+    let work = Arc::new(Work::default());
+    let mesh = Mesh::new(settings.clone(), folders, &"default".into(), work.clone());
+    let mut files = Files::new(folders.to_vec(), work);
+    files.scan();
+    let mut index = Index::new(settings.service_range);
+    index.apply(files.take_changes());
+    report(&files, Some((&index, &mesh)))
+}
+
+/// What was found in files, and across the objects of an index.
+pub(super) fn report(files: &Files, index: Option<(&Index, &Mesh)>) -> Report {
+    let mut report = Report { findings: files.findings(), files: files.count(), ..Report::default() };
+    if let Some((index, mesh)) = index {
+        report.objects = index.objects().len();
+        report.assigned = assigned(index);
+        report.findings.extend(files.duplicates());
+        report.findings.extend(across(index, mesh, files));
+    }
+    report.findings.sort_by(|a, b| (a.severity, &a.file, a.document).cmp(&(b.severity, &b.file, b.document)));
+    report
+}
+
+/// Assigned cluster addresses, as `namespace/name` and address.
+pub(super) fn assigned(index: &Index) -> Vec<(String, IpAddr)> {
+    let each =
+        index.assigned().iter().flat_map(|((ns, name), ips)| ips.iter().map(move |ip| (format!("{ns}/{name}"), *ip)));
+    each.collect()
+}
+
+fn across(index: &Index, mesh: &Mesh, files: &Files) -> Vec<Finding> {
+    let mut out = Vec::new();
+    for (key, object) in index.objects().iter().filter(|(k, _)| k.cluster.is_empty()) {
+        let view = View::new(index);
+        let mut problems = Vec::new();
+        match object.as_ref() {
+            Object::Route(route) => of_route(&view, key, route, &mut problems),
+            Object::Slice(slice) => {
+                if let Some(service) = &slice.service
+                    && view.service(&key.cluster, &key.namespace, service).is_none()
+                {
+                    problems.push((
+                        "metadata.labels".into(),
+                        format!("there is no Service {}/{service}", key.namespace),
+                        "Add it, or correct the label kubernetes.io/service-name",
+                    ));
+                }
+            }
+            Object::AuthorizationPolicy(policy) => {
+                for (i, requirement) in policy.requires.iter().enumerate() {
+                    let (kind, namespace, name, there) = match requirement {
+                        Requirement::MeshTls { namespace, name } => {
+                            let there = view.mesh_tls(&key.cluster, namespace, name).is_some();
+                            ("MeshTLSAuthentication", namespace, name, there)
+                        }
+                        Requirement::Network { namespace, name } => {
+                            let there = view.network_auth(&key.cluster, namespace, name).is_some();
+                            ("NetworkAuthentication", namespace, name, there)
+                        }
+                        Requirement::Account { .. } => continue,
+                    };
+                    if !there {
+                        problems.push((
+                            format!("spec.requiredAuthenticationRefs[{i}]"),
+                            format!("there is no {kind} {namespace}/{name}, so the policy grants nothing"),
+                            "Add it, or correct the reference",
+                        ));
+                    }
+                }
+            }
+            Object::Egress(egress) => {
+                if egress.networks.as_ref().is_some_and(|n| !is_outside(mesh, n)) {
+                    problems.push((
+                        "spec.networks".into(),
+                        "a network touches the cluster networks, so the EgressNetwork is not used".into(),
+                        "Except the cluster's networks",
+                    ));
+                }
+            }
+            Object::Service(service) => {
+                let unassigned =
+                    matches!(service.kind, ServiceKind::Cluster { .. }) && view.cluster_ips(service).is_empty();
+                if unassigned {
+                    problems.push((
+                        "spec.clusterIP".into(),
+                        "no address of the service range is free".into(),
+                        "Give one, or configure a larger range",
+                    ));
+                }
+                for (i, port) in service.ports.iter().enumerate() {
+                    let known = [
+                        "http",
+                        "https",
+                        "tls",
+                        "grpc",
+                        "kubernetes.io/h2c",
+                        "kubernetes.io/ws",
+                        "kubernetes.io/wss",
+                        "linkerd.io/opaque",
+                        "linkerd.io/tcp",
+                        "tcp",
+                    ];
+                    if let Some(p) = port.app_protocol.as_deref().filter(|p| !known.contains(p)) {
+                        problems.push((
+                            format!("spec.ports[{i}].appProtocol"),
+                            format!("{p:?} is not known, so the port carries bytes that nobody looks into"),
+                            "Remove it, and HTTP is detected",
+                        ));
+                    }
+                }
+            }
+            _ => {}
+        }
+        for (field, why, remedy) in problems {
+            out.push(locate(files, key, field, why, remedy));
+        }
+    }
+    for (ip, services) in index.contested() {
+        for (namespace, name) in services.iter().skip(1) {
+            let key = Key {
+                cluster: "".into(),
+                kind: super::manifest::Kind::Service,
+                namespace: namespace.clone(),
+                name: name.clone(),
+            };
+            let why = format!("{ip} belongs to the older Service {}/{}", services[0].0, services[0].1);
+            out.push(locate(files, &key, "spec.clusterIP".into(), why, "Give each Service its own address"));
+        }
+    }
+    out
+}
+
+fn locate(files: &Files, key: &Key, field: String, why: String, remedy: &str) -> Finding {
+    let (file, document, line) = files.locate(key).unwrap_or_default();
+    Finding {
+        severity: Severity::Warning,
+        file,
+        document,
+        line,
+        object: key.to_string(),
+        field,
+        why,
+        remedy: remedy.into(),
+    }
+}
+
+type Problems = Vec<(String, String, &'static str)>;
+
+fn of_route(view: &View<'_>, key: &Key, route: &Route, problems: &mut Problems) {
+    for (i, parent) in route.parents.iter().enumerate() {
+        let field = format!("spec.parentRefs[{i}]");
+        let at = format!("{}/{}", parent.namespace, parent.name);
+        match parent.kind {
+            ParentKind::Service => {
+                let Some(service) = view.service(&key.cluster, &parent.namespace, &parent.name) else {
+                    problems.push((
+                        field,
+                        format!("there is no Service {at}: not attached"),
+                        "Add it, or correct the name",
+                    ));
+                    continue;
+                };
+                if !matches!(service.kind, ServiceKind::Cluster { .. }) {
+                    problems.push((
+                        field,
+                        format!("Service {at} is headless or of type ExternalName: not attached"),
+                        "Routes need a Service with a cluster address",
+                    ));
+                    continue;
+                }
+                let port = service.ports.iter().find(|p| {
+                    parent.port.is_none_or(|n| n == p.port) && parent.section.as_ref().is_none_or(|s| *s == p.name)
+                });
+                if port.is_none() {
+                    problems.push((
+                        field,
+                        format!("Service {at} has no such port: not attached"),
+                        "Name one of its ports",
+                    ));
+                    continue;
+                }
+                let beaten =
+                    view.routes(ParentKind::Service, &parent.namespace, &parent.name).into_iter().find(|(_, r)| {
+                        r.kind < route.kind
+                            && r.head.namespace == route.head.namespace
+                            && r.parents
+                                .iter()
+                                .any(|p| p.kind == parent.kind && p.name == parent.name && p.port == parent.port)
+                    });
+                if let Some((other, _)) = beaten {
+                    problems.push((
+                        field,
+                        format!("{other} stands on the same port and is of a kind that goes before"),
+                        "Only routes of one kind apply to a port",
+                    ));
+                }
+                if route.gateway && !route.hosts.is_empty() && matches!(route.kind, RouteKind::Http | RouteKind::Grpc) {
+                    problems.push((
+                        "spec.hostnames".into(),
+                        "in a mesh the address chooses the Service; hostnames of Gateway API routes are not compared"
+                            .into(),
+                        "Match the header Host instead",
+                    ));
+                }
+            }
+            ParentKind::EgressNetwork => {
+                if view.egress(&key.cluster, &parent.namespace, &parent.name).is_none() {
+                    problems.push((
+                        field,
+                        format!("there is no EgressNetwork {at}: not attached"),
+                        "Add it, or correct the name",
+                    ));
+                }
+            }
+            ParentKind::Server => {
+                let there = view.servers(&parent.namespace).iter().any(|s| s.head.name == parent.name);
+                if !there || parent.namespace != key.namespace {
+                    problems.push((
+                        field,
+                        format!("there is no Server {at} in the route's namespace: not attached"),
+                        "Add it, or correct the name",
+                    ));
+                }
+            }
+        }
+    }
+    for (i, rule) in route.rules.iter().enumerate() {
+        let refs = rule.backends.iter().enumerate().map(|(j, b)| (format!("spec.rules[{i}].backendRefs[{j}]"), b));
+        let mirrors = rule.filters.iter().enumerate().filter_map(|(j, f)| match f {
+            FilterSpec::Mirror { backend, .. } => {
+                Some((format!("spec.rules[{i}].filters[{j}].requestMirror"), backend))
+            }
+            FilterSpec::Ready(_) | FilterSpec::Redirect { .. } => None,
+        });
+        for (field, backend) in refs.chain(mirrors) {
+            if backend.kind != BackendKind::Service {
+                continue;
+            }
+            let parent = route.parents.first().map(|p| p.namespace.clone());
+            let default = if route.gateway { None } else { parent };
+            let namespace = backend.namespace.clone().or(default).unwrap_or_else(|| key.namespace.clone());
+            let service = view.service(&key.cluster, &namespace, &backend.name);
+            let why = match service {
+                None => format!("there is no Service {namespace}/{}", backend.name),
+                Some(s) if s.kind == ServiceKind::External => {
+                    format!("Service {namespace}/{} is of type ExternalName", backend.name)
+                }
+                Some(s) if s.ports.iter().all(|p| Some(p.port) != backend.port) => {
+                    format!("Service {namespace}/{} has no port {}", backend.name, backend.port.unwrap_or_default())
+                }
+                Some(_) => continue,
+            };
+            problems.push((field, why, "Its share of requests is answered with 500"));
+        }
+    }
+}
