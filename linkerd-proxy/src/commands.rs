@@ -124,10 +124,11 @@ fn serve(config: Config, standalone: Option<Arc<Standalone>>, log: log::Handle) 
     };
     traffic.block_on(async move {
         let home = standalone.map_or(Home::Linkerd, Home::Standalone);
-        let (app, beside) = match App::build(Parts { config, home, telemetry, access_log: access_log.clone(), log, env }) {
-            Ok(parts) => parts,
-            Err(error) => return failure(&error.to_string()),
-        };
+        let (app, beside) =
+            match App::build(Parts { config, home, telemetry, access_log: access_log.clone(), log, env }) {
+                Ok(parts) => parts,
+                Err(error) => return failure(&error.to_string()),
+            };
         let signals = match signals() {
             Ok(signals) => signals,
             Err(error) => return failure(&format!("cannot handle signals: {error}")),

@@ -19,6 +19,7 @@ mod convert;
 pub mod defaults;
 mod discovery;
 pub mod metrics;
+mod profile;
 mod record;
 mod resolve;
 mod server;
@@ -278,6 +279,14 @@ impl Source for Control {
                 Err(DiscoveryError::Unavailable { target, after: Duration::ZERO, reason })
             })
         })
+    }
+
+    fn watch_service_profile(&self, name: &str, port: u16) -> Option<watch::Receiver<profile::Known>> {
+        let target = Target::Name(name.into(), port);
+        let subscription = self.watch_profile(&target)?;
+        let (tx, rx) = watch::channel(None);
+        self.runtime.spawn(profile::run(target, subscription, tx));
+        Some(rx)
     }
 
     fn resolve(&self, discovery: &str) -> Resolution {

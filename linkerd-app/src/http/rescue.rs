@@ -202,7 +202,7 @@ impl Rescue {
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
             headers.insert(GRPC_STATUS, HeaderValue::from(verdict.grpc));
             if self.informational {
-                headers.insert(GRPC_MESSAGE, message(error));
+                headers.insert(GRPC_MESSAGE, grpc_message(error));
             }
         } else if let Cause::Redirect { location, .. } = error.cause() {
             headers.insert(LOCATION, location.clone());
@@ -235,9 +235,20 @@ impl Rescue {
         let mut trailers = HeaderMap::with_capacity(2);
         trailers.insert(GRPC_STATUS, HeaderValue::from(verdict(error.cause()).grpc));
         if self.informational {
-            trailers.insert(GRPC_MESSAGE, message(error));
+            trailers.insert(GRPC_MESSAGE, grpc_message(error));
         }
         trailers
+    }
+}
+
+/// The text for gRPC clients: an injected failure speaks in its own words, as the application would; everything else
+/// says where it happened.
+fn grpc_message(error: &Error) -> HeaderValue {
+    match error.cause() {
+        Cause::InjectedHttp { message: text, .. } | Cause::InjectedGrpc { message: text, .. } => {
+            HeaderValue::from_str(text).unwrap_or_else(|_| message(error))
+        }
+        _ => message(error),
     }
 }
 
@@ -276,7 +287,9 @@ mod tests {
             Answer::Response(rsp) => {
                 assert_eq!(rsp.status(), 200);
                 assert_eq!(rsp.headers()["grpc-status"], grpc.to_string().as_str());
-                assert_eq!(rsp.headers()["grpc-message"], error.to_string().as_str());
+                let injected = matches!(error.cause(), Cause::InjectedHttp { .. } | Cause::InjectedGrpc { .. });
+                let words = if injected { error.cause().to_string() } else { error.to_string() };
+                assert_eq!(rsp.headers()["grpc-message"], words.as_str());
                 assert_eq!(rsp.headers()["content-type"], "application/grpc");
                 assert!(!rsp.headers().contains_key("connection") && !rsp.headers().contains_key("location"));
             }

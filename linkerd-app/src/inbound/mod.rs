@@ -62,9 +62,9 @@ impl Inbound {
     ) -> Arc<Self> {
         let own = cfg.listen.addr.port();
         let pinned = cfg.ports.iter().copied().chain([admin_port]).chain(gateway.is_some().then_some(own));
-        let ports = policy::Ports::new(source, cfg.discovery_idle_timeout, pinned);
+        let ports = policy::Ports::new(source.clone(), cfg.discovery_idle_timeout, pinned);
         Arc::new(Self {
-            guard: Arc::new(http::Guard::new(ports, telemetry.clone(), access, cfg.authority_labels)),
+            guard: Arc::new(http::Guard::new(cfg, &source, ports, telemetry.clone(), access)),
             locals: Locals::new(cfg, telemetry.clone()),
             early_dials: Arc::new(Semaphore::new(MAX_EARLY_DIALS)),
             cfg: cfg.clone(),
@@ -77,6 +77,11 @@ impl Inbound {
     /// Authorization of HTTP requests by the policy of a port, for servers of the proxy itself.
     pub fn guard(&self) -> &Arc<http::Guard> {
         &self.guard
+    }
+
+    /// What is known of each port in use, by number: for the operator's page.
+    pub fn status(&self) -> serde_json::Value {
+        self.guard.ports.status()
     }
 
     /// Accepts connections until the drain begins; those that exist go on. Nothing is accepted before there is a

@@ -67,6 +67,52 @@ impl Ports {
     }
 }
 
+impl Ports {
+    /// The ports in use and their policies, by number.
+    pub(super) fn status(&self) -> serde_json::Value {
+        let mut entries = self.cache.entries();
+        entries.sort_by_key(|(number, _)| *number);
+        entries.iter().map(|(number, port)| port_status(*number, &port.current().policy)).collect()
+    }
+}
+
+fn port_status(number: u16, policy: &ServerPolicy) -> serde_json::Value {
+    let authorizations = |list: &[Authorization]| -> serde_json::Value {
+        list.iter().map(|authorization| authorization.meta.to_string()).collect()
+    };
+    let routes = |list: &[Route]| -> serde_json::Value {
+        let route = |route: &Route| {
+            serde_json::json!({
+                "route": route.meta.to_string(),
+                "authorizations": authorizations(&route.authorizations),
+            })
+        };
+        list.iter().map(route).collect()
+    };
+    let (protocol, detail) = match &policy.protocol {
+        Protocol::Detect { http, tcp, .. } => {
+            ("detect", serde_json::json!({ "routes": routes(http), "authorizations": authorizations(tcp) }))
+        }
+        Protocol::Http1(http) => ("http/1", serde_json::json!({ "routes": routes(http) })),
+        Protocol::Http2(http) => ("http/2", serde_json::json!({ "routes": routes(http) })),
+        Protocol::Grpc(http) => ("grpc", serde_json::json!({ "routes": routes(http) })),
+        Protocol::Opaque(tcp) => ("opaque", serde_json::json!({ "authorizations": authorizations(tcp) })),
+        Protocol::Tls(tcp) => ("tls", serde_json::json!({ "authorizations": authorizations(tcp) })),
+        Protocol::Invalid(reason) => ("invalid", serde_json::json!({ "reason": **reason })),
+    };
+    serde_json::json!({
+        "port": number,
+        "server": policy.meta.to_string(),
+        "protocol": protocol,
+        "policy": detail,
+        "rate_limit": policy.rate_limit.as_ref().map(|limit| serde_json::json!({
+            "total": limit.total,
+            "identity": limit.identity,
+            "overrides": limit.overrides.len(),
+        })),
+    })
+}
+
 /// Watches a port in a task that ends with the port.
 fn follow(source: &dyn Source, number: u16) -> Port {
     let changes = source.watch_server(number);
@@ -170,6 +216,7 @@ pub(super) mod tests {
     use crate::policy::{
         Authentication, ClientPolicy, DiscoveryError, Meta, Network, Resolution, Target,
         authz::NoTls,
+        client::Profile,
         server::{RateLimit, Rule},
     };
     use futures_util::future::BoxFuture;
@@ -181,6 +228,7 @@ pub(super) mod tests {
     pub(crate) struct Fixed {
         ports: Mutex<HashMap<u16, watch::Sender<Arc<ServerPolicy>>>>,
         pub(crate) watched: Mutex<Vec<u16>>,
+        pub(crate) profiles: Mutex<HashMap<String, watch::Sender<Option<Arc<Profile>>>>>,
     }
 
     impl Fixed {
@@ -213,6 +261,10 @@ pub(super) mod tests {
             target: Target,
         ) -> BoxFuture<'static, Result<watch::Receiver<Arc<ClientPolicy>>, DiscoveryError>> {
             panic!("inbound looked {target} up")
+        }
+
+        fn watch_service_profile(&self, name: &str, port: u16) -> Option<watch::Receiver<Option<Arc<Profile>>>> {
+            Some(self.profiles.lock().get(&format!("{name}:{port}"))?.subscribe())
         }
 
         fn resolve(&self, discovery: &str) -> Resolution {

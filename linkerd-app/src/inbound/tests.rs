@@ -7,7 +7,7 @@ use crate::{
     policy::{
         Authorization, ServerPolicy, Target,
         authz::{ClientTls, NoTls},
-        client::Backoff,
+        client::{Backoff, Profile, ProfileRoute, RequestCondition, ResponseCondition},
         endpoint::Http2Params,
         route::{Filter, HeaderModifier, HttpMatch, PathMatch, Redirect, RouteMatch},
         server::{Protocol, RateLimit, Route, Rule},
@@ -702,4 +702,53 @@ async fn servers_of_the_proxy_itself_are_guarded_alike() {
     assert_eq!(get(ClientTls::Terminated(Some(PEER.parse().unwrap()))).await, 200);
     proxy.has("request_total", &["target_addr=\"0.0.0.0:4191\"", "tls=\"true\""], 1);
     assert!(!proxy.telemetry.render().contains("parent_port=\"4191\""));
+}
+
+#[tokio::test]
+async fn service_profiles_judge_and_label_but_never_route() {
+    let app = echo().await;
+    let cfg = config::Inbound { profile_suffixes: config::Suffixes(vec!["test.".into()]), ..config() };
+    let proxy = Proxy::with(app.port(), detect(vec![anybody()]), cfg, None);
+    let route = |path: &str, name: &str, classes| ProfileRoute {
+        condition: RequestCondition::Path(regex::Regex::new(&format!("^(?:{path})$")).unwrap()),
+        classes,
+        labels: [("route".into(), name.into())].into(),
+        retryable: false,
+        timeout: None,
+    };
+    let teapots_fail = vec![(ResponseCondition::Status(200..=200), true)];
+    let profile = Profile {
+        addr: "web.test:80".into(),
+        routes: vec![route("/odd", "odd", teapots_fail), route("/even.*", "even", vec![])],
+        budget: None,
+        targets: Arc::new([]),
+    };
+    let sender = tokio::sync::watch::Sender::new(Some(Arc::new(profile)));
+    proxy.source.profiles.lock().insert("web.test:80".into(), sender);
+    let mut client = H1::new(proxy.connect(app).await).await;
+    for path in ["/odd", "/even/x", "/other"] {
+        assert_eq!(client.get(path, &[]).await.status, 200);
+    }
+    let labels =
+        |route| ["direction=\"inbound\"".to_string(), "dst=\"web.test:80\"".into(), format!("rt_route=\"{route}\"")];
+    let has = |name, route, more: &[&str]| {
+        let labels = labels(route);
+        let labels: Vec<&str> = labels.iter().map(String::as_str).chain(more.iter().copied()).collect();
+        proxy.has(name, &labels, 1);
+    };
+    has("route_request_total", "odd", &[]);
+    has("route_response_total", "odd", &["classification=\"failure\""]);
+    has("route_response_total", "even", &["classification=\"success\""]);
+    has("route_response_latency_ms_count", "even", &[]);
+}
+
+#[tokio::test]
+async fn the_operator_sees_the_ports_in_use() {
+    let app = echo().await;
+    let proxy = Proxy::new(app.port(), limited(vec![anybody()], 5));
+    let _client = proxy.connect(app).await;
+    let status = proxy.inbound.status();
+    let port = status.as_array().unwrap().iter().find(|port| port["port"] == app.port()).unwrap();
+    assert_eq!((&port["protocol"], &port["rate_limit"]["total"]), (&"detect".into(), &5.into()));
+    assert_eq!(port["policy"]["routes"][0]["authorizations"][0], "default.all-unauthenticated");
 }

@@ -133,6 +133,12 @@ impl Destination {
         }
     }
 
+    /// The routes of requests that were made so far.
+    pub(super) fn made(&self) -> impl Iterator<Item = (Version, Arc<HttpRoutes>)> {
+        let made = [(Version::H1, self.http1.get()), (Version::H2, self.http2.get())];
+        made.into_iter().filter_map(|(version, live)| Some((version, live?.get())))
+    }
+
     /// What was asked for.
     pub(super) fn target(&self) -> &Target {
         &self.target

@@ -197,6 +197,8 @@ pub(super) fn target_of(text: &str, default_port: u16) -> Option<Target> {
     let authority = Authority::try_from(text).ok().filter(|a| !a.as_str().contains('@'))?;
     let port = match authority.port() {
         Some(port) => port.as_str().parse().ok().filter(|p| *p != 0)?,
+        // The parser lets a port pass that is none.
+        None if authority.as_str().len() > authority.host().len() => return None,
         None => default_port,
     };
     let host = authority.host();

@@ -72,6 +72,15 @@ impl HttpRoutes {
         self.route(req, asked).await.map_err(|error| error.context(self.context.clone()))
     }
 
+    /// Every rule there is.
+    pub(super) fn rules(&self) -> Box<dyn Iterator<Item = &Rule> + '_> {
+        match &self.table {
+            Table::Routes { rules, .. } => Box::new(rules.iter().flatten()),
+            Table::Profile { rules, otherwise, .. } => Box::new(rules.iter().chain([otherwise])),
+            Table::Invalid(_) => Box::new(std::iter::empty()),
+        }
+    }
+
     async fn route(&self, mut req: Request<Body>, asked: &Asked) -> Result<Response<Tracked>, Error> {
         normalize::request(&mut req, self.authority.as_ref()).map_err(|_| Error::new(Cause::MissingAuthority))?;
         for limit in &self.limits {

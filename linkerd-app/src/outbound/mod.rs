@@ -14,6 +14,9 @@ mod params;
 mod protocol;
 mod rule;
 mod session;
+mod status;
+#[cfg(test)]
+mod tests;
 mod tracked;
 
 use self::{

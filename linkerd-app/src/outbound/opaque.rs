@@ -155,7 +155,16 @@ impl Route {
     async fn copy(&self, client: Client, ahead: Option<(Opened, Bytes)>) -> Result<(), Error> {
         let (opened, speech) = match ahead {
             Some(ahead) => ahead,
-            None => (self.open().await?, Bytes::new()),
+            None => match self.open().await {
+                Ok(opened) => (opened, Bytes::new()),
+                Err(error) => {
+                    if let (Cause::Forbidden(_), Client::Tcp(io, ..)) = (error.cause(), &client) {
+                        // The client is told by a reset that this was no ordinary end.
+                        let _ = socket2::SockRef::from(io).set_linger(Some(std::time::Duration::ZERO));
+                    }
+                    return Err(error);
+                }
+            },
         };
         match (client, opened.upstream) {
             (Client::Tcp(io, read, src), Upstream::Plain(server, metrics)) => {

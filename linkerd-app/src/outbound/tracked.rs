@@ -473,6 +473,6 @@ impl http_body::Body for Copied {
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.length.clone()
+        self.length
     }
 }

@@ -1,6 +1,6 @@
 //! The one trait between the data plane and whoever tells it the truth.
 
-use super::{ClientPolicy, Endpoint, ServerPolicy};
+use super::{ClientPolicy, Endpoint, ServerPolicy, client::Profile};
 use std::{net::SocketAddr, sync::Arc};
 use tokio::sync::{mpsc, watch};
 
@@ -19,6 +19,13 @@ pub trait Source: Send + Sync + 'static {
         &self,
         target: Target,
     ) -> futures_util::future::BoxFuture<'static, Result<watch::Receiver<Arc<ClientPolicy>>, DiscoveryError>>;
+
+    /// Follows the ServiceProfile of a name, for classification and metrics alone: nothing is routed by it. None if the
+    /// source has no profiles, or none for such names. The receiver's value is none until the source has answered; a
+    /// name without a profile gets one without routes. Dropping the receiver ends the source's work for it.
+    fn watch_service_profile(&self, _name: &str, _port: u16) -> Option<watch::Receiver<Option<Arc<Profile>>>> {
+        None
+    }
 
     /// Follows the replicas behind `host:port`. Dropping the resolution ends the source's work for it.
     fn resolve(&self, discovery: &str) -> Resolution;

@@ -157,12 +157,14 @@ fn http2<B>(req: &mut Request<B>, cached: &mut Cached) -> Result<(), BadRequest>
             if let Some(host) = &host
                 && !same(authority, host, scheme)
             {
-                // RFC 9113 section 8.3.1. A request that was HTTP/1 at the other proxy follows RFC 9112 section 3.2.2
-                // instead, which lets the target win over Host.
-                if !req.headers().contains_key(super::orig_proto::HEADER) {
-                    return Err(BadRequest::Malformed("host and :authority disagree"));
+                // RFC 9113 section 8.3.1. A request that was HTTP/1 at the other proxy will be HTTP/1 again, so RFC 9112
+                // section 3.2.2 says what counts: the target in absolute form, otherwise Host. The URI and Host agree
+                // from here on, so that policy looks at what the application will see.
+                match req.headers().get(super::orig_proto::HEADER) {
+                    None => return Err(BadRequest::Malformed("host and :authority disagree")),
+                    Some(form) if super::orig_proto::is_absolute_form(form) => agree(req, Some(host.clone())),
+                    Some(_) => set_authority(req, host.clone())?,
                 }
-                agree(req, Some(host.clone()));
             }
         }
         (None, Some(host)) => set_authority(req, host)?,
@@ -405,6 +407,8 @@ mod tests {
         check(h2(get("http://a@b/", &[])), Err("userinfo in the authority"));
         let carried = [("host", "b"), ("l5d-orig-proto", "HTTP/1.1; absolute-form")];
         check(h2(get("http://a/", &carried)), Ok(("http://a/", Some("a"), false)));
+        let carried = [("host", "b"), ("l5d-orig-proto", "HTTP/1.1")];
+        check(h2(get("http://a/x", &carried)), Ok(("http://b/x", Some("b"), false)));
         let mut relative = h2(get("/", &[]));
         *relative.uri_mut() = Uri::from(PathAndQuery::from_static("*"));
         check(relative, Err("invalid request target"));

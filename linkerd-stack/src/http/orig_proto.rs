@@ -73,16 +73,15 @@ pub fn restore_request<B>(req: &mut Request<B>) -> Option<Carried> {
         return None;
     }
     let value = req.headers_mut().remove(HEADER)?;
-    let value = value.as_bytes();
-    let version = if value.starts_with(HTTP_11.as_bytes()) {
+    let version = if value.as_bytes().starts_with(HTTP_11.as_bytes()) {
         Version::HTTP_11
-    } else if value.starts_with(HTTP_10.as_bytes()) {
+    } else if value.as_bytes().starts_with(HTTP_10.as_bytes()) {
         Version::HTTP_10
     } else {
-        tracing::warn!(value = %value.escape_ascii(), "unknown l5d-orig-proto");
+        tracing::warn!(?value, "unknown l5d-orig-proto");
         return None;
     };
-    if value.get(ABSOLUTE_OFFSET..).is_some_and(|rest| rest.starts_with(b"absolute-form")) {
+    if is_absolute_form(&value) {
         req.extensions_mut().insert(AbsoluteForm);
     }
     let host = req.headers().get(HOST).and_then(|host| Authority::try_from(host.as_bytes()).ok());
@@ -105,6 +104,11 @@ pub fn upgrade_response<B>(rsp: &mut Response<B>) {
     rsp.headers_mut().remove(TRANSFER_ENCODING);
     rsp.headers_mut().insert(HEADER, HeaderValue::from_static(value));
     *rsp.version_mut() = Version::HTTP_2;
+}
+
+/// Whether the header's value says that the target was in absolute form.
+pub(super) fn is_absolute_form(value: &HeaderValue) -> bool {
+    value.as_bytes().get(ABSOLUTE_OFFSET..).is_some_and(|rest| rest.starts_with(b"absolute-form"))
 }
 
 #[cfg(test)]

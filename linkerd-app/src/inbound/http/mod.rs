@@ -5,6 +5,7 @@
 mod access;
 mod observe;
 mod policy;
+mod profile;
 
 pub use self::policy::{Connection, Guard, Kind, PolicyService};
 

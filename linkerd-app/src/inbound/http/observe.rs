@@ -3,19 +3,22 @@
 
 use crate::{
     error::{Cause, Error},
-    http::{Rescue, classify::Rule},
-    telemetry::{Class, EndpointMetrics, InboundRouteMetrics},
+    http::{
+        Rescue,
+        classify::{Rule, grpc_status},
+    },
+    telemetry::{Class, EndpointMetrics, InboundRouteMetrics, ProfileRouteMetrics},
 };
 use ::http::{HeaderMap, Response, StatusCode};
 use bytes::Bytes;
 use http_body::{Body as _, Frame, SizeHint};
 use linkerd_stack::http::{Body, BodyError};
-use parking_lot::Mutex;
 use pin_project_lite::pin_project;
 use std::{
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     task::{Context, Poll, ready},
+    time::Duration,
 };
 use tokio::time::Instant;
 
@@ -25,6 +28,32 @@ pub(super) struct Handles {
     pub endpoint: Arc<EndpointMetrics>,
     /// None for the admin server and the gateway (metrics.md 5.2).
     pub route: Option<Arc<InboundRouteMetrics>>,
+    /// The ServiceProfile's route, if the request is on one.
+    pub profile: Option<Arc<ProfileRouteMetrics>>,
+}
+
+impl Handles {
+    fn request(&self) {
+        self.endpoint.request();
+        if let Some(profile) = &self.profile {
+            profile.logical.request();
+        }
+    }
+
+    fn first_byte(&self, status: StatusCode, latency: Duration) {
+        self.endpoint.first_byte(status.as_u16(), latency);
+        if let Some(profile) = &self.profile {
+            profile.logical.first_byte(status.as_u16(), latency);
+        }
+    }
+
+    fn response(&self, status: Option<StatusCode>, judged: Class) {
+        let status = status.map(|status| status.as_u16());
+        self.endpoint.response(status, judged);
+        if let Some(profile) = &self.profile {
+            profile.logical.response(status, judged);
+        }
+    }
 }
 
 /// One request on its way; dropped unused, it was cancelled before the response's headers and counts nowhere.
@@ -32,8 +61,15 @@ pub(super) struct Observed {
     handles: Handles,
     rule: Rule,
     start: Instant,
-    /// When the request's body had been sent; shared with that body.
-    sent: Arc<Mutex<Option<Instant>>>,
+    sent: SentAt,
+}
+
+/// When the request had been sent.
+enum SentAt {
+    /// With its head.
+    Start,
+    /// When its body was; that tells.
+    Body(Arc<OnceLock<Instant>>),
 }
 
 /// Begins to observe: counts the request now or at its first frame.
@@ -42,60 +78,57 @@ pub(super) fn request(handles: Handles, rule: Rule, body: Body) -> (Observed, Bo
     if let Some(route) = &handles.route {
         route.request();
     }
-    let ended = body.is_end_stream();
-    let sent = Arc::new(Mutex::new(ended.then_some(start)));
-    let body = if ended {
-        handles.endpoint.request();
-        body
-    } else {
-        Body::new(RequestBody {
-            inner: body,
-            counted: false,
-            guard: Sent { at: sent.clone() },
-            handles: handles.clone(),
-        })
-    };
-    (Observed { handles, rule, start, sent }, body)
+    if body.is_end_stream() {
+        handles.request();
+        return (Observed { handles, rule, start, sent: SentAt::Start }, body);
+    }
+    let sent = Arc::new(OnceLock::new());
+    let guard = Sent { at: sent.clone() };
+    let body = Body::new(RequestBody { inner: body, counted: false, guard, handles: handles.clone() });
+    (Observed { handles, rule, start, sent: SentAt::Body(sent) }, body)
 }
 
 impl Observed {
     /// There is an error instead of a response.
     pub(super) fn failed(self, cause: &Cause) {
-        let judged = Class::error(cause);
-        self.handles.endpoint.response(None, judged);
-        if let Some(route) = &self.handles.route {
-            route.ended(None, self.start.elapsed(), self.after_sent());
-        }
+        self.ended(None, Class::error(cause), None, Instant::now());
     }
 
     /// The response's body tells the rest. With `rescue`, an error within it becomes gRPC trailers.
     pub(super) fn response(self, rsp: Response<Body>, rescue: Option<Rescue>) -> Response<Body> {
         let status = rsp.status();
         let judged = self.rule.start(status, rsp.headers());
-        let head_status = crate::http::classify::grpc_status(rsp.headers());
-        let report = Report { observed: self, status, judged, grpc: head_status, first: true, done: false };
-        let (parts, body) = rsp.into_parts();
-        if body.is_end_stream() {
+        let grpc = grpc_status(rsp.headers());
+        let report = Report { observed: self, status, judged, grpc, first: true, done: false };
+        if rsp.body().is_end_stream() {
             // Dropping the report says everything.
-            return Response::from_parts(parts, body);
+            return rsp;
         }
-        Response::from_parts(parts, Body::new(ResponseBody { inner: Some(body), report, rescue }))
+        rsp.map(|inner| Body::new(ResponseBody { inner: Some(inner), report, rescue }))
     }
 
-    /// From the end of the request to now; zero if the request has not ended.
-    fn after_sent(&self) -> std::time::Duration {
-        self.sent.lock().map(|at| at.elapsed()).unwrap_or_default()
+    fn ended(&self, status: Option<StatusCode>, judged: Class, route_status: Option<u16>, now: Instant) {
+        self.handles.response(status, judged);
+        if let Some(route) = &self.handles.route {
+            let since_start = now.duration_since(self.start);
+            // Zero if the response ended before the request did.
+            let since_sent = match &self.sent {
+                SentAt::Start => since_start,
+                SentAt::Body(at) => at.get().map(|at| now.duration_since(*at)).unwrap_or_default(),
+            };
+            route.ended(route_status, since_start, since_sent);
+        }
     }
 }
 
 /// Notes when the request was sent or dropped.
 struct Sent {
-    at: Arc<Mutex<Option<Instant>>>,
+    at: Arc<OnceLock<Instant>>,
 }
 
 impl Drop for Sent {
     fn drop(&mut self) {
-        self.at.lock().get_or_insert_with(Instant::now);
+        self.at.get_or_init(Instant::now);
     }
 }
 
@@ -117,7 +150,7 @@ impl http_body::Body for RequestBody {
         let this = self.project();
         let frame = ready!(this.inner.poll_frame(cx));
         if !std::mem::replace(this.counted, true) {
-            this.handles.endpoint.request();
+            this.handles.request();
         }
         match (&frame, &this.handles.route) {
             (Some(Ok(frame)), Some(route)) => {
@@ -126,7 +159,7 @@ impl http_body::Body for RequestBody {
                 }
             }
             (None, _) => {
-                this.guard.at.lock().get_or_insert_with(Instant::now);
+                this.guard.at.get_or_init(Instant::now);
             }
             _ => {}
         }
@@ -154,39 +187,35 @@ struct Report {
 }
 
 impl Report {
-    fn first_byte(&mut self) {
+    fn first_byte(&mut self, now: impl FnOnce() -> Instant) {
         if std::mem::take(&mut self.first) {
-            let status = self.status.as_u16();
-            self.observed.handles.endpoint.first_byte(status, self.observed.start.elapsed());
+            self.observed.handles.first_byte(self.status, now().duration_since(self.observed.start));
         }
     }
 
     fn end(&mut self, trailers: Option<&HeaderMap>) {
         let judged = self.judged.unwrap_or_else(|| self.observed.rule.end(self.status, trailers));
-        self.first_byte();
-        self.grpc = trailers.and_then(crate::http::classify::grpc_status).or(self.grpc);
-        self.tell(judged);
+        self.grpc = trailers.and_then(grpc_status).or(self.grpc);
+        let now = Instant::now();
+        self.first_byte(|| now);
+        self.tell(judged, now);
     }
 
     /// An error as the first frame leaves no latency behind.
     fn error(&mut self, cause: &Cause) {
         self.first = false;
-        self.tell(Class::error(cause));
+        self.tell(Class::error(cause), Instant::now());
     }
 
-    fn tell(&mut self, judged: Class) {
+    fn tell(&mut self, judged: Class, now: Instant) {
         if std::mem::replace(&mut self.done, true) {
             return;
         }
-        let Observed { handles, rule, start, .. } = &self.observed;
-        handles.endpoint.response(Some(self.status.as_u16()), judged);
-        if let Some(route) = &handles.route {
-            let status = match rule {
-                Rule::Grpc => self.grpc,
-                Rule::Http | Rule::Profile(_) => Some(self.status.as_u16()),
-            };
-            route.ended(status, start.elapsed(), self.observed.after_sent());
-        }
+        let route_status = match self.observed.rule {
+            Rule::Grpc => self.grpc,
+            Rule::Http | Rule::Profile(_) => Some(self.status.as_u16()),
+        };
+        self.observed.ended(Some(self.status), judged, route_status, now);
     }
 }
 
@@ -219,7 +248,7 @@ impl http_body::Body for ResponseBody {
         };
         match ready!(inner.poll_frame(cx)) {
             Some(Ok(frame)) => {
-                this.report.first_byte();
+                this.report.first_byte(Instant::now);
                 if let Some(data) = frame.data_ref() {
                     if let Some(route) = &this.report.observed.handles.route {
                         route.response_frame(data.len() as u64);

@@ -4,8 +4,12 @@
 //! What depends only on the connection (does this client's identity satisfy this route?) is decided once per policy value
 //! and route, when the first request comes that needs it.
 
-use super::observe::{self, Handles};
+use super::{
+    observe::{self, Handles},
+    profile::{NameRef, Profiles},
+};
 use crate::{
+    config,
     error::{Cause, Error},
     http::{
         Asked, Match, Rescue, best_match,
@@ -19,6 +23,7 @@ use crate::{
         policy::{self, HttpRoutes, PortRef, Ports, Prepared},
     },
     policy::{
+        Source,
         authz::ClientTls,
         route::Precedence,
         server::{Protocol, Route},
@@ -29,7 +34,7 @@ use crate::{
     },
 };
 use ::http::{Request, Response};
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use linkerd_stack::{BoxService, http::Body};
 use std::{
     net::SocketAddr,
@@ -43,6 +48,7 @@ pub struct Guard {
     telemetry: Telemetry,
     access: AccessLog,
     authority_labels: bool,
+    profiles: Profiles,
 }
 
 /// What a port serves.
@@ -76,6 +82,7 @@ pub struct PolicyService {
     guard: Arc<Guard>,
     conn: Connection,
     resolved: ArcSwap<Resolved>,
+    profile: ArcSwapOption<(String, Option<NameRef>)>,
     inner: BoxService<Request<Body>, Response<Body>, Error>,
 }
 
@@ -96,12 +103,21 @@ enum Decision {
 
 impl Guard {
     pub(in crate::inbound) fn new(
+        cfg: &config::Inbound,
+        source: &Arc<dyn Source>,
         ports: Ports,
         telemetry: Telemetry,
         access: AccessLog,
-        authority_labels: bool,
     ) -> Self {
-        Self { ports, lines: Lines::default(), telemetry, access, authority_labels }
+        let profiles = Profiles::new(
+            source.clone(),
+            cfg.profile_suffixes.clone(),
+            cfg.profile_timeout,
+            cfg.discovery_idle_timeout,
+            telemetry.clone(),
+        );
+        let authority_labels = cfg.authority_labels;
+        Self { ports, lines: Lines::default(), telemetry, access, authority_labels, profiles }
     }
 
     /// The port, for [`Connection::port`].
@@ -115,7 +131,7 @@ impl PolicyService {
     pub fn new(guard: Arc<Guard>, conn: Connection, inner: BoxService<Request<Body>, Response<Body>, Error>) -> Self {
         let prepared = conn.port.current().clone();
         let resolved = ArcSwap::from_pointee(Resolved::new(&guard, &conn, prepared));
-        Self { guard, conn, resolved, inner }
+        Self { guard, conn, resolved, profile: ArcSwapOption::empty(), inner }
     }
 
     /// The connection.
@@ -189,8 +205,17 @@ impl PolicyService {
         }
 
         // On, observed.
-        let grpc_policy = matches!(policy.protocol, Protocol::Grpc(_));
-        let rule = Rule::of(req.headers(), grpc_policy);
+        let mut rule = Rule::of(req.headers(), matches!(policy.protocol, Protocol::Grpc(_)));
+        let mut handles = handles;
+        if self.conn.kind == Kind::App && !self.guard.profiles.is_off() {
+            let name = logical(&req);
+            if let Some(name) = self.profile(name).await
+                && let Some((metrics, classes)) = name.route(&req)
+            {
+                handles.profile = Some(metrics);
+                rule = classes.unwrap_or(rule);
+            }
+        }
         let (parts, body) = req.into_parts();
         let (observed, body) = observe::request(handles, rule, body);
         let rsp = match self.inner.send(Request::from_parts(parts, body)).await {
@@ -218,6 +243,23 @@ impl PolicyService {
                 Err(error)
             }
         }
+    }
+
+    /// The profile of the name that a request is for. Clients ask one connection for one name after the other rather
+    /// than for many at once, so the last one is kept.
+    async fn profile(&self, logical: Option<&str>) -> Option<NameRef> {
+        let logical = logical?;
+        if let Some(last) = &*self.profile.load()
+            && last.0 == logical
+        {
+            return last.1.clone();
+        }
+        let found = match is_name(logical) {
+            true => self.guard.profiles.of(&logical.to_ascii_lowercase()).await,
+            false => None,
+        };
+        self.profile.store(Some(Arc::new((logical.to_string(), found.clone()))));
+        found
     }
 
     /// Where lines about requests go; none if there is no log, and for the admin server.
@@ -278,7 +320,11 @@ impl PolicyService {
         });
         Decision::Allow {
             allowed: resolved.metrics.http_allow(&route.meta, &permit.meta),
-            handles: Handles { endpoint: self.endpoint(resolved, route, authz, None), route: route_metrics },
+            handles: Handles {
+                endpoint: self.endpoint(resolved, route, authz, None),
+                route: route_metrics,
+                profile: None,
+            },
             audit: permit.audit,
             authz,
         }
@@ -312,8 +358,9 @@ impl PolicyService {
         handles: &Handles,
         req: &Request<Body>,
     ) -> Handles {
-        match (self.conn.kind, logical_name(req)) {
+        match (self.conn.kind, logical(req).filter(|name| is_name(name))) {
             (Kind::App, Some(name)) => {
+                let name = name.trim_end_matches('.').to_ascii_lowercase().into();
                 Handles { endpoint: self.endpoint(resolved, route, authz, Some(name)), ..handles.clone() }
             }
             _ => handles.clone(),
@@ -360,17 +407,19 @@ fn route<B>(routes: &[Route], req: &Request<B>) -> Option<Match> {
     )
 }
 
-/// The name that a request is for: `l5d-dst-canonical`, else the authority, else Host; names only, never addresses.
-fn logical_name(req: &Request<Body>) -> Option<Arc<str>> {
+/// What a request is for: `l5d-dst-canonical` if that is a name, else the authority, else Host.
+fn logical<B>(req: &Request<B>) -> Option<&str> {
     let header = |name: &str| req.headers().get(name).and_then(|value| value.to_str().ok());
-    let is_name = |name: &&str| {
-        let host = name.rsplit_once(':').map_or(*name, |(host, _)| host);
-        host.parse::<linkerd_tls::ServerName>().is_ok()
-    };
     header("l5d-dst-canonical")
-        .filter(is_name)
+        .filter(|name| is_name(name))
         .or_else(|| req.uri().authority().map(|authority| authority.as_str()))
         .or_else(|| header("host"))
-        .filter(is_name)
-        .map(|name| name.trim_end_matches('.').to_ascii_lowercase().into())
+}
+
+/// Whether `host[:port]` names its host: no address.
+fn is_name(authority: &str) -> bool {
+    let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
+    !host.is_empty()
+        && host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'))
+        && host.parse::<std::net::Ipv4Addr>().is_err()
 }
