@@ -18,8 +18,16 @@ use linkerd_app::{
     },
     validate,
 };
-use std::{ffi::OsString, future::Future, path::Path, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    ffi::OsString,
+    future::Future,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 use tokio::{
+    runtime::Runtime,
     signal::unix::{SignalKind, signal},
     sync::mpsc,
 };
@@ -66,7 +74,10 @@ pub(crate) fn linkerd() -> ExitCode {
             return code;
         }
     };
-    serve(config, None, log)
+    match runtime::traffic() {
+        Ok(traffic) => serve(config, Home::Linkerd, log, traffic),
+        Err(error) => failure(&format!("cannot start the runtime: {error}")),
+    }
 }
 
 /// The proxy beside a workload of a folder of manifests.
@@ -79,51 +90,64 @@ fn run(args: Run) -> ExitCode {
         Ok(config) => config,
         Err(code) => return code,
     };
-    let Some((namespace, pod)) = args.workload.split_once('/').filter(|(ns, pod)| !ns.is_empty() && !pod.is_empty())
+    let Some((namespace, name)) = args.workload.split_once('/').filter(|(ns, name)| !ns.is_empty() && !name.is_empty())
     else {
         return usage(&format!("--workload {:?}: expected NAMESPACE/POD", args.workload));
     };
-    let mut options = match options(&args.mesh.names, &config) {
-        Ok(options) => options,
+    let settings = match settings(&args.mesh.names, &config) {
+        Ok(settings) => settings,
         Err(why) => return usage(&why),
     };
-    options.dirs = args.mesh.manifests.into_iter().map(Into::into).collect();
-    options.workload = Some((namespace.to_string(), pod.to_string()));
-    let (standalone, workload) = match Standalone::open(options) {
-        Ok(opened) => opened,
-        Err(error) => return failure(&format!("manifests: {error}")),
+    let traffic = match runtime::traffic() {
+        Ok(traffic) => traffic,
+        Err(error) => return failure(&format!("cannot start the runtime: {error}")),
     };
-    let server_name = match workload.id.to_server_name() {
-        Some(name) => name,
-        None => return failure(&format!("{} is no DNS-like identity", workload.id)),
+    let started = traffic.block_on(async {
+        Standalone::start(standalone::Options {
+            folders: folders(args.mesh.manifests),
+            namespace: namespace.into(),
+            name: name.into(),
+            settings,
+            watch: true,
+        })
+    });
+    let (standalone, workload) = match started {
+        Ok(started) => started,
+        Err(error) => return failure(&error.to_string()),
+    };
+    let Some(server_name) = workload.identity.to_server_name() else {
+        return failure(&format!("the workload's identity, {}, is no DNS name", workload.identity));
     };
     config.identity = Some(config::Identity {
-        id: workload.id.clone(),
+        id: workload.identity.clone(),
         server_name,
         issuer: config::Issuer::Folder(args.identity),
-        min_refresh: Duration::from_secs(10),
-        max_refresh: Duration::from_secs(24 * 60 * 60),
+        min_refresh: MIN_REFRESH,
+        max_refresh: MAX_REFRESH,
     });
     if config.inbound.ips.is_empty() {
-        config.inbound.ips = Arc::new(workload.ips.iter().copied().collect());
+        config.inbound.ips = Arc::new(workload.addresses.iter().copied().collect());
     }
-    config.inbound.ports.extend(workload.ports.iter().copied());
-    serve(config, Some(standalone), log)
+    config.inbound.ports.extend(workload.ports.iter().map(|(port, _)| *port));
+    serve(config, Home::Standalone(standalone), log, traffic)
 }
 
-fn serve(config: Config, standalone: Option<Arc<Standalone>>, log: log::Handle) -> ExitCode {
+/// Bounds on the time between certifications where the environment says nothing (contract.md 1.7).
+const MIN_REFRESH: Duration = Duration::from_secs(10);
+const MAX_REFRESH: Duration = Duration::from_secs(24 * 60 * 60);
+
+fn serve(config: Config, home: Home, log: log::Handle, traffic: Runtime) -> ExitCode {
     let telemetry = Telemetry::new(config.metrics);
     let env = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect();
     let access_log = match access_log(&telemetry) {
         Ok(access_log) => access_log,
         Err(error) => return failure(&format!("access log: {error}")),
     };
-    let (traffic, daemon) = match (runtime::traffic(), runtime::daemon()) {
-        (Ok(traffic), Ok(daemon)) => (traffic, daemon),
-        (Err(error), _) | (_, Err(error)) => return failure(&format!("cannot start the runtime: {error}")),
+    let daemon = match runtime::daemon() {
+        Ok(daemon) => daemon,
+        Err(error) => return failure(&format!("cannot start the admin runtime: {error}")),
     };
     traffic.block_on(async move {
-        let home = standalone.map_or(Home::Linkerd, Home::Standalone);
         let (app, beside) =
             match App::build(Parts { config, home, telemetry, access_log: access_log.clone(), log, env }) {
                 Ok(parts) => parts,
@@ -212,26 +236,34 @@ fn read_environment(mode: environment::Mode) -> Result<Config, ExitCode> {
     }
 }
 
-fn options(names: &Names, config: &Config) -> Result<standalone::Options, String> {
-    let mut options = standalone::Options {
-        trust_domain: names.trust_domain.clone(),
-        cluster_domain: names.cluster_domain.clone(),
-        //default_policy: config.inbound.default_policy,
+fn folders(paths: Vec<PathBuf>) -> Vec<standalone::Folder> {
+    paths.into_iter().map(|path| standalone::Folder { path, cluster: None }).collect()
+}
+
+/// What flags and environment say, over Linkerd's defaults.
+fn settings(names: &Names, config: &Config) -> Result<standalone::Settings, String> {
+    let mut settings = standalone::Settings {
+        trust_domain: names.trust_domain.as_str().into(),
+        cluster_domain: names.cluster_domain.as_str().into(),
+        default_policy: config.inbound.default_policy,
         inbound_detect_timeout: config.inbound.detect_timeout,
         outbound_detect_timeout: config.outbound.detect_timeout,
-        ..standalone::Options::default()
+        ..standalone::Settings::default()
     };
     if !config.inbound.cluster_networks.is_empty() {
-        options.cluster_networks = config.inbound.cluster_networks.clone();
+        settings.cluster_networks = config.inbound.cluster_networks.clone();
+    }
+    if !config.inbound.opaque_ports.is_empty() {
+        settings.opaque_ports = config.inbound.opaque_ports.clone();
     }
     for range in &names.service_ranges {
         match range.parse() {
-            Ok(ipnet::IpNet::V4(net)) => options.service_range_v4 = net,
-            Ok(ipnet::IpNet::V6(net)) => options.service_range_v6 = net,
+            Ok(ipnet::IpNet::V4(net)) => settings.service_range.v4 = net,
+            Ok(ipnet::IpNet::V6(net)) => settings.service_range.v6 = net,
             Err(_) => return Err(format!("--service-range {range:?}: expected CIDR notation like 10.96.0.0/12")),
         }
     }
-    Ok(options)
+    Ok(settings)
 }
 
 fn check(args: Check) -> ExitCode {
@@ -239,14 +271,13 @@ fn check(args: Check) -> ExitCode {
         Ok(config) => config,
         Err(code) => return code,
     };
-    let mut options = match options(&args.names, &config) {
-        Ok(options) => options,
+    let settings = match settings(&args.names, &config) {
+        Ok(settings) => settings,
         Err(why) => return usage(&why),
     };
-    options.dirs = args.dirs.into_iter().map(Into::into).collect();
-    let report = standalone::check(&options);
+    let report = standalone::check_with(&folders(args.dirs), &settings);
     print!("{report}");
-    if report.has_errors() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+    if report.errors() > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
 fn identity_init(dir: &Path, trust_domain: String, overwrite: bool) -> ExitCode {

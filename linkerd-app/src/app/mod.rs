@@ -361,7 +361,51 @@ fn watch_control(control: &Arc<Control>, telemetry: &Telemetry, panels: &Panels)
     });
 }
 
-fn watch_manifests(_: &Arc<Standalone>, _: &Telemetry, _: &Panels) {}
+/// Metrics, health and a page about the folders of manifests.
+fn watch_manifests(standalone: &Arc<Standalone>, telemetry: &Telemetry, panels: &Panels) {
+    let metrics = telemetry.manifests();
+    let (mut progress, weak) = (standalone.progress(), Arc::downgrade(standalone));
+    tokio::spawn(async move {
+        let mut loaded = 0;
+        loop {
+            let Some(standalone) = weak.upgrade() else { return };
+            let generation = progress.borrow_and_update().generation;
+            let (status, report) = (standalone.status(), standalone.report());
+            if generation != loaded {
+                loaded = generation;
+                let objects = status.objects.values().sum::<usize>();
+                metrics.loaded(generation, objects as u64, report.warnings() as u64);
+            }
+            if !status.current {
+                metrics.refused(report.errors() as u64);
+            }
+            drop(standalone);
+            if progress.changed().await.is_err() {
+                return;
+            }
+        }
+    });
+    let weak = Arc::downgrade(standalone);
+    telemetry.health().add(Condition::ManifestsRefused, move || {
+        let standalone = weak.upgrade()?;
+        (!standalone.status().current)
+            .then(|| format!("{} errors; the last good state is in force", standalone.report().errors()))
+    });
+    let weak = Arc::downgrade(standalone);
+    panels.add("manifests", move || {
+        let Some(standalone) = weak.upgrade() else { return serde_json::Value::Null };
+        let (status, report) = (standalone.status(), standalone.report());
+        serde_json::json!({
+            "generation": status.progress.generation,
+            "refused": status.progress.refused,
+            "current": status.current,
+            "loaded_at_unix": status.loaded_at.duration_since(SystemTime::UNIX_EPOCH).ok().map(|t| t.as_secs()),
+            "objects": status.objects,
+            "assigned_addresses": status.assigned.iter().map(|(name, ip)| format!("{name} {ip}")).collect::<Vec<_>>(),
+            "findings": report.to_string().lines().collect::<Vec<_>>(),
+        })
+    });
+}
 
 /// Asks the watchdog now and then; what it says is a health condition.
 async fn watch_workers(mut watchdog: Watchdog, telemetry: Telemetry) {

@@ -205,6 +205,27 @@ impl Control {
         self.registry.snapshot()
     }
 
+    /// The same for the status page: `{"unreachable": {service: reason}, "lookups": [..]}`, ages in seconds.
+    pub fn status_json(&self) -> serde_json::Value {
+        let lookup = |lookup: Lookup| {
+            serde_json::json!({
+                "method": lookup.method,
+                "target": lookup.target,
+                "live": lookup.live,
+                "age_seconds": lookup.age.map(|age| age.as_secs_f64()),
+                "messages": lookup.messages,
+                "last_error": lookup.last_error.as_deref(),
+            })
+        };
+        let unreachable: serde_json::Map<_, _> = self
+            .trouble()
+            .into_iter()
+            .map(|(service, why)| (service.as_str().to_string(), serde_json::Value::from(&*why)))
+            .collect();
+        let lookups: Vec<_> = self.status().into_iter().map(lookup).collect();
+        serde_json::json!({ "unreachable": unreachable, "lookups": lookups })
+    }
+
     /// What keeps a service from being reached; none while it is connected.
     pub fn trouble(&self) -> Vec<(ControlService, Arc<str>)> {
         let services = [(ControlService::Destination, &self.destination), (ControlService::Policy, &self.policy)];
@@ -481,7 +502,9 @@ mod tests {
         let found = control.watch_client(target).await;
         let Err(DiscoveryError::Unavailable { reason, .. }) = found else { panic!("{found:?}") };
         assert!(reason.contains("refused"), "{reason}");
-        assert!(!control.trouble().is_empty());
+        let json = control.status_json();
+        assert!(json["unreachable"]["policy"].as_str().is_some_and(|why| why.contains("refused")), "{json}");
+        assert_eq!(json["lookups"][0]["target"], "4143");
     }
 
     #[tokio::test]

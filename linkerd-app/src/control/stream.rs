@@ -249,7 +249,7 @@ where
     })
 }
 
-/// The settings that all watches of one client share, for its loops.
+/// A number within 0..1, for [`Settings::random`].
 pub(crate) fn random() -> f64 {
     rand::random()
 }

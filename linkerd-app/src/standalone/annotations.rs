@@ -14,6 +14,10 @@ pub(super) type Pairs = BTreeMap<Arc<str>, Arc<str>>;
 /// Relative share of traffic of an endpoint, on its Pod, ExternalWorkload or EndpointSlice: a decimal number from 0 to
 /// 100, 1 when absent. 0 takes nothing while others are there. This key is ours.
 pub(super) const WEIGHT: &str = "balancer.linkerd.io/weight";
+/// How peers reach a meshed Pod: `transparent` (default) dials the application's port, which the Pod redirects to its
+/// proxy; `transport-header` dials the proxy's inbound port and names the application's port in a transport header, for
+/// Pods where nothing is redirected. This key is ours.
+pub(super) const TRANSPORT_MODE: &str = "config.linkerd.io/proxy-transport-mode";
 pub(super) const OPAQUE_PORTS: &str = "config.linkerd.io/opaque-ports";
 
 /// Body bytes kept for another attempt (resources.md 8).

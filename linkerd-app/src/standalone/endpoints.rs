@@ -6,7 +6,7 @@
 
 use super::{
     Mesh, Work,
-    annotations::{OPAQUE_PORTS, Ports, WEIGHT, weight},
+    annotations::{OPAQUE_PORTS, Ports, TRANSPORT_MODE, WEIGHT, weight},
     index::{Dep, Index, View},
     manifest::{Address, ExternalWorkload, Key, Kind, Object, Pod, PortRef, Service, ServicePort, SlicePort},
     workload::{self, Workload},
@@ -580,7 +580,7 @@ pub(super) fn describe(
     };
     let ports = |head: &super::manifest::Head, key: &str| annotation(head, key).and_then(|t| Ports::parse(&t).ok());
     let mut inbound = INBOUND_PORT;
-    let (mut opaque, mut skipped) = (false, false);
+    let (mut opaque, mut skipped, mut direct) = (false, false, false);
     match target {
         Some(Object::Pod(pod)) => {
             let head = &pod.head;
@@ -603,6 +603,7 @@ pub(super) fn describe(
             if let Some(p) = annotation(head, "config.linkerd.io/inbound-port").and_then(|t| t.parse().ok()) {
                 inbound = p;
             }
+            direct = annotation(head, TRANSPORT_MODE).is_some_and(|mode| *mode == *"transport-header");
             let control_plane = mesh.clusters.get(cluster).map(|c| &c.control_plane_namespace);
             let meshed = head.labels.get("linkerd.io/control-plane-ns");
             if !pod.host_network
@@ -636,7 +637,7 @@ pub(super) fn describe(
     }
     if meta.tls.is_some() {
         meta.hint = if opaque { ProtocolHint::Opaque } else { ProtocolHint::Http2 };
-        meta.opaque_transport_port = opaque.then_some(inbound);
+        meta.opaque_transport_port = (opaque || direct).then_some(inbound);
     } else if opaque {
         meta.hint = ProtocolHint::Opaque;
     }

@@ -16,10 +16,10 @@ use tokio::{
     task::AbortHandle,
 };
 
-pub type Body = BoxBody<Bytes, Infallible>;
+pub(crate) type Body = BoxBody<Bytes, Infallible>;
 
 /// A server task that ends on drop.
-pub struct App(AbortHandle);
+pub(crate) struct App(AbortHandle);
 
 impl Drop for App {
     fn drop(&mut self) {
@@ -29,16 +29,16 @@ impl Drop for App {
 
 /// What an answer says.
 #[derive(Debug)]
-pub struct Answer {
-    pub status: StatusCode,
-    pub headers: HeaderMap,
-    pub body: String,
-    pub trailers: HeaderMap,
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: String,
+    pub(crate) trailers: HeaderMap,
 }
 
 /// HTTP/1 and HTTP/2 by what the client speaks. Answers with `NAME METHOD PATH`, the HTTP version in `x-version`, the
 /// client identity it was told in `x-client-id`; `/sleep/MS` waits first; gRPC requests get trailers.
-pub fn http(pod: &Pod, port: u16, name: &'static str) -> App {
+pub(crate) fn http(pod: &Pod, port: u16, name: &'static str) -> App {
     let listener = pod.listen(port);
     let task = tokio::spawn(async move {
         loop {
@@ -101,12 +101,12 @@ async fn answer(name: &'static str, mut req: Request<Incoming>) -> Result<Respon
 }
 
 /// Echoes bytes.
-pub fn tcp_echo(pod: &Pod, port: u16) -> App {
+pub(crate) fn tcp_echo(pod: &Pod, port: u16) -> App {
     tcp(pod, port, "")
 }
 
 /// Greets first, then echoes.
-pub fn server_first(pod: &Pod, port: u16, greeting: &'static str) -> App {
+pub(crate) fn server_first(pod: &Pod, port: u16, greeting: &'static str) -> App {
     tcp(pod, port, greeting)
 }
 
@@ -127,7 +127,7 @@ fn tcp(pod: &Pod, port: u16, greeting: &'static str) -> App {
 }
 
 /// An HTTP/1.1 connection.
-pub async fn http1(pod: &Pod, addr: SocketAddr) -> http1::SendRequest<Full<Bytes>> {
+pub(crate) async fn http1(pod: &Pod, addr: SocketAddr) -> http1::SendRequest<Full<Bytes>> {
     let io = pod.connect(addr).await.expect("a connection");
     let (send, conn) = http1::handshake(TokioIo::new(io)).await.expect("a handshake");
     tokio::spawn(conn.with_upgrades());
@@ -135,7 +135,7 @@ pub async fn http1(pod: &Pod, addr: SocketAddr) -> http1::SendRequest<Full<Bytes
 }
 
 /// An HTTP/2 connection with prior knowledge.
-pub async fn http2(pod: &Pod, addr: SocketAddr) -> http2::SendRequest<Full<Bytes>> {
+pub(crate) async fn http2(pod: &Pod, addr: SocketAddr) -> http2::SendRequest<Full<Bytes>> {
     let io = pod.connect(addr).await.expect("a connection");
     let (send, conn) = http2::handshake(TokioExecutor::new(), TokioIo::new(io)).await.expect("a handshake");
     tokio::spawn(conn);
@@ -143,7 +143,12 @@ pub async fn http2(pod: &Pod, addr: SocketAddr) -> http2::SendRequest<Full<Bytes
 }
 
 /// One GET on a connection of its own.
-pub async fn get(pod: &Pod, addr: SocketAddr, path: &str, headers: &[(&str, &str)]) -> Result<Answer, hyper::Error> {
+pub(crate) async fn get(
+    pod: &Pod,
+    addr: SocketAddr,
+    path: &str,
+    headers: &[(&str, &str)],
+) -> Result<Answer, hyper::Error> {
     let mut send = http1(pod, addr).await;
     let mut req = Request::get(path).header("host", "web.shop.svc.cluster.local");
     for (name, value) in headers {
@@ -152,7 +157,7 @@ pub async fn get(pod: &Pod, addr: SocketAddr, path: &str, headers: &[(&str, &str
     read(send.send_request(req.body(Full::default()).unwrap()).await?).await
 }
 
-pub async fn read(rsp: Response<Incoming>) -> Result<Answer, hyper::Error> {
+pub(crate) async fn read(rsp: Response<Incoming>) -> Result<Answer, hyper::Error> {
     let (head, body) = rsp.into_parts();
     let body = body.collect().await?;
     let trailers = body.trailers().cloned().unwrap_or_default();
@@ -161,7 +166,7 @@ pub async fn read(rsp: Response<Incoming>) -> Result<Answer, hyper::Error> {
 }
 
 /// Reads exactly as many bytes as the text has, within a few seconds.
-pub async fn expect_text(io: &mut (impl AsyncReadExt + Unpin), text: &str) {
+pub(crate) async fn expect_text(io: &mut (impl AsyncReadExt + Unpin), text: &str) {
     let mut buf = vec![0; text.len()];
     tokio::time::timeout(Duration::from_secs(5), io.read_exact(&mut buf))
         .await

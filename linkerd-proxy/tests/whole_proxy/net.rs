@@ -13,25 +13,25 @@ use std::{
 };
 
 /// A bridge and its pods; everything is removed on drop.
-pub struct Net {
+pub(crate) struct Net {
     prefix: String,
     pods: AtomicU32,
 }
 
 /// One network namespace with an IPv4 and an IPv6 address.
 #[derive(Clone)]
-pub struct Pod {
-    pub name: String,
-    pub netns: String,
-    pub ip4: Ipv4Addr,
-    pub ip6: Ipv6Addr,
+pub(crate) struct Pod {
+    pub(crate) name: String,
+    pub(crate) netns: String,
+    pub(crate) ip4: Ipv4Addr,
+    pub(crate) ip6: Ipv6Addr,
 }
 
 static NETS: AtomicU32 = AtomicU32::new(0);
 
 impl Net {
     /// None, with the reason on stdout, where namespaces can't be made; never none in CI.
-    pub fn new() -> Option<Self> {
+    pub(crate) fn new() -> Option<Self> {
         let prefix = format!("lp{}x{}", std::process::id(), NETS.fetch_add(1, Ordering::Relaxed));
         let net = Self { prefix, pods: AtomicU32::new(0) };
         let bridge = net.bridge_netns();
@@ -59,12 +59,12 @@ impl Net {
         Some(net)
     }
 
-    pub fn bridge_netns(&self) -> String {
+    pub(crate) fn bridge_netns(&self) -> String {
         format!("{}-br", self.prefix)
     }
 
     /// A new pod with a default route through the bridge.
-    pub fn pod(&self, name: &str) -> Pod {
+    pub(crate) fn pod(&self, name: &str) -> Pod {
         let index = self.pods.fetch_add(1, Ordering::Relaxed) + 1;
         let pod = Pod {
             name: name.to_string(),
@@ -104,19 +104,19 @@ impl Drop for Net {
 }
 
 impl Pod {
-    pub fn addr(&self, port: u16) -> SocketAddr {
+    pub(crate) fn addr(&self, port: u16) -> SocketAddr {
         (self.ip4, port).into()
     }
 
     /// Listens on every address of the pod.
-    pub fn listen(&self, port: u16) -> tokio::net::TcpListener {
+    pub(crate) fn listen(&self, port: u16) -> tokio::net::TcpListener {
         let listener = within(&self.netns, || TcpListener::bind((IpAddr::from(Ipv6Addr::UNSPECIFIED), port)))
             .unwrap_or_else(|e| panic!("{} cannot listen on {port}: {e}", self.name));
         listener.set_nonblocking(true).expect("a nonblocking listener");
         tokio::net::TcpListener::from_std(listener).expect("a runtime")
     }
 
-    pub async fn connect(&self, addr: SocketAddr) -> io::Result<tokio::net::TcpStream> {
+    pub(crate) async fn connect(&self, addr: SocketAddr) -> io::Result<tokio::net::TcpStream> {
         let netns = self.netns.clone();
         let io = tokio::task::spawn_blocking(move || within(&netns, || TcpStream::connect(addr)))
             .await
@@ -127,7 +127,7 @@ impl Pod {
     }
 
     /// A command that will run in the pod.
-    pub fn command(&self, program: &str) -> Command {
+    pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.netns, program]);
         command
@@ -135,7 +135,7 @@ impl Pod {
 }
 
 /// Runs a closure on a thread of its own inside a network namespace.
-pub fn within<T: Send>(netns: &str, f: impl FnOnce() -> T + Send) -> T {
+pub(crate) fn within<T: Send>(netns: &str, f: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         scope
             .spawn(|| {
@@ -157,7 +157,7 @@ fn enter(netns: &str) -> io::Result<()> {
     }
 }
 
-pub fn run(args: &[&str]) -> Result<(), String> {
+pub(crate) fn run(args: &[&str]) -> Result<(), String> {
     let out = Command::new(args[0]).args(&args[1..]).output().map_err(|e| format!("{}: {e}", args[0]))?;
     if out.status.success() {
         Ok(())

@@ -11,22 +11,22 @@ use std::{
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-pub const NAMESPACE: &str = "shop";
+pub(crate) const NAMESPACE: &str = "shop";
 const PROXY_UID: &str = "2102";
 const BINARY: &str = env!("CARGO_BIN_EXE_linkerd-proxy");
 /// A debug build on a busy machine; only failures wait this long.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-pub struct World {
+pub(crate) struct World {
     proxies: BTreeMap<String, Child>,
     pods: BTreeMap<String, Pod>,
-    pub dir: PathBuf,
+    pub(crate) dir: PathBuf,
     net: Net,
 }
 
 impl World {
     /// None where namespaces can't be made (said on stdout).
-    pub fn new(test: &str) -> Option<Self> {
+    pub(crate) fn new(test: &str) -> Option<Self> {
         let net = Net::new()?;
         let dir = std::env::temp_dir().join(format!("linkerd-proxy-{}-{test}", std::process::id()));
         let _ = fs::remove_dir_all(&dir);
@@ -40,12 +40,12 @@ impl World {
     }
 
     /// A pod without a proxy; `extra` goes below `metadata` and `spec` of its manifest.
-    pub fn plain(&mut self, name: &str, ports: &[(&str, u16)]) -> Pod {
+    pub(crate) fn plain(&mut self, name: &str, ports: &[(&str, u16)]) -> Pod {
         self.add_pod(name, ports, "", &[])
     }
 
     /// A pod with redirection; its proxy starts with [`World::start`].
-    pub fn meshed(&mut self, name: &str, ports: &[(&str, u16)], annotations: &[(&str, &str)]) -> Pod {
+    pub(crate) fn meshed(&mut self, name: &str, ports: &[(&str, u16)], annotations: &[(&str, &str)]) -> Pod {
         let pod = self.add_pod(name, ports, "    linkerd.io/control-plane-ns: linkerd\n", annotations);
         for args in [&["redirect"][..], &["redirect", "--check"]] {
             success(pod.command(BINARY).args(args));
@@ -80,18 +80,18 @@ impl World {
     }
 
     /// Writes or replaces a manifest file, in one step as an operator's tool would.
-    pub fn manifest(&self, name: &str, yaml: &str) {
+    pub(crate) fn manifest(&self, name: &str, yaml: &str) {
         let temporary = self.dir.join(format!("{name}.tmp"));
         fs::write(&temporary, yaml).expect("a manifest");
         fs::rename(temporary, self.manifests().join(format!("{name}.yaml"))).expect("a manifest");
     }
 
-    pub fn manifests(&self) -> PathBuf {
+    pub(crate) fn manifests(&self) -> PathBuf {
         self.dir.join("manifests")
     }
 
     /// Starts the proxies of the named pods and waits until they are ready.
-    pub async fn start(&mut self, pods: &[&str]) {
+    pub(crate) async fn start(&mut self, pods: &[&str]) {
         for name in pods {
             self.spawn(name, &[]);
         }
@@ -100,7 +100,7 @@ impl World {
         }
     }
 
-    pub fn spawn(&mut self, name: &str, env: &[(&str, &str)]) {
+    pub(crate) fn spawn(&mut self, name: &str, env: &[(&str, &str)]) {
         let pod = &self.pods[name];
         let log = fs::File::create(self.log_path(name)).expect("a log file");
         let mut command = pod.command("setpriv");
@@ -124,7 +124,7 @@ impl World {
         self.proxies.insert(name.to_string(), command.spawn().expect("the proxy starts"));
     }
 
-    pub async fn wait_ready(&mut self, name: &str) {
+    pub(crate) async fn wait_ready(&mut self, name: &str) {
         let end = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.proxies.get_mut(name).and_then(|p| p.try_wait().expect("a child")) {
@@ -139,7 +139,7 @@ impl World {
     }
 
     /// One request to a proxy's admin port from inside its pod.
-    pub async fn admin(&self, name: &str, method: &str, path: &str) -> std::io::Result<(u16, String)> {
+    pub(crate) async fn admin(&self, name: &str, method: &str, path: &str) -> std::io::Result<(u16, String)> {
         let mut io = self.pods[name].connect(([127, 0, 0, 1], 4191).into()).await?;
         io.write_all(format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").as_bytes())
             .await?;
@@ -150,7 +150,7 @@ impl World {
     }
 
     /// The sum of a family's samples whose labels contain all of the given texts.
-    pub async fn metric(&self, name: &str, family: &str, labels: &[&str]) -> f64 {
+    pub(crate) async fn metric(&self, name: &str, family: &str, labels: &[&str]) -> f64 {
         let (_, text) = self.admin(name, "GET", "/metrics").await.expect("metrics");
         text.lines()
             .filter(|l| l.strip_prefix(family).is_some_and(|rest| rest.starts_with(['{', ' '])))
@@ -160,7 +160,7 @@ impl World {
     }
 
     /// Waits until a condition on the world holds.
-    pub async fn eventually(&self, what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    pub(crate) async fn eventually(&self, what: &str, mut condition: impl AsyncFnMut() -> bool) {
         let end = Instant::now() + PATIENCE;
         while !condition().await {
             assert!(Instant::now() < end, "{what}: not within {PATIENCE:?}\n{}", self.logs());
@@ -168,12 +168,12 @@ impl World {
         }
     }
 
-    pub fn terminate(&self, name: &str) {
+    pub(crate) fn terminate(&self, name: &str) {
         success(Command::new("kill").args(["-TERM", &self.proxies[name].id().to_string()]));
     }
 
     /// Exit code of a proxy that is expected to end.
-    pub async fn exit_code(&mut self, name: &str) -> Option<i32> {
+    pub(crate) async fn exit_code(&mut self, name: &str) -> Option<i32> {
         let end = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.proxies.get_mut(name).expect("a proxy").try_wait().expect("a child") {
@@ -184,11 +184,11 @@ impl World {
         }
     }
 
-    pub fn log(&self, name: &str) -> String {
+    pub(crate) fn log(&self, name: &str) -> String {
         fs::read_to_string(self.log_path(name)).unwrap_or_default()
     }
 
-    pub fn logs(&self) -> String {
+    pub(crate) fn logs(&self) -> String {
         self.proxies.keys().map(|name| format!("--- {name}\n{}", tail(&self.log(name), 60))).collect()
     }
 
@@ -196,7 +196,7 @@ impl World {
         self.dir.join(format!("{name}.log"))
     }
 
-    pub fn bridge_netns(&self) -> String {
+    pub(crate) fn bridge_netns(&self) -> String {
         self.net.bridge_netns()
     }
 }
@@ -220,7 +220,7 @@ fn tail(text: &str, lines: usize) -> String {
 }
 
 #[track_caller]
-pub fn success(command: &mut Command) {
+pub(crate) fn success(command: &mut Command) {
     let out = command.output().expect("the command exists");
     assert!(
         out.status.success(),
@@ -232,7 +232,7 @@ pub fn success(command: &mut Command) {
 }
 
 /// A Service on a ClusterIP, for the pods labelled `app: <selects>`.
-pub fn service(name: &str, selects: &str, ips: &[&str], ports: &[(&str, u16, &str, Option<&str>)]) -> String {
+pub(crate) fn service(name: &str, selects: &str, ips: &[&str], ports: &[(&str, u16, &str, Option<&str>)]) -> String {
     let mut yaml = format!(
         "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: {NAMESPACE}}}\nspec:\n  clusterIP: {:?}\n  clusterIPs: {ips:?}\n  selector: {{app: {selects}}}\n  ports:\n",
         ips[0]

@@ -128,13 +128,13 @@ impl Endpoint {
 
     /// Something came from the replica.
     pub(super) fn heard(&self) {
-        self.heard.store(self.now(), Ordering::Relaxed);
+        self.heard.store(self.at(Instant::now()), Ordering::Relaxed);
     }
 
     /// A request that was sent at `since` was given up without an answer. If nothing else came meanwhile, the
     /// connection is not trusted any more: new requests get a new one, streams that are open stay.
     pub(super) fn suspect(&self, since: Instant) {
-        let since = u64::try_from(since.saturating_duration_since(self.epoch).as_millis()).unwrap_or(u64::MAX);
+        let since = self.at(since);
         if self.heard.load(Ordering::Relaxed) < since && self.up.lock().take().is_some() {
             tracing::info!(addr = %self.addr, "Control plane connection has gone silent; opening another");
             self.abandon.notify_one();
@@ -148,9 +148,10 @@ impl Endpoint {
         self.abandon.notify_one();
     }
 
-    fn now(&self) -> u64 {
-        // From 1: 0 stands for "never".
-        u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX - 1) + 1
+    /// Milliseconds since `epoch`, from 1: 0 stands for "never".
+    fn at(&self, instant: Instant) -> u64 {
+        let ms = u64::try_from(instant.saturating_duration_since(self.epoch).as_millis());
+        ms.unwrap_or(u64::MAX).saturating_add(1)
     }
 }
 

@@ -410,25 +410,29 @@ pub(crate) mod tests {
         })
     }
 
-    /// Serves one connection after another: each request gets one profile message.
-    async fn serve(listener: TcpListener, connections: usize) {
-        for _ in 0..connections {
-            let (io, _) = listener.accept().await.unwrap();
-            let service = hyper::service::service_fn(|_| async {
-                let message = prost::Message::encode_to_vec(&api::DestinationProfile {
-                    fully_qualified_name: "web.shop".into(),
-                    ..Default::default()
-                });
-                let mut frame = vec![0];
-                frame.extend_from_slice(&u32::try_from(message.len()).unwrap().to_be_bytes());
-                frame.extend_from_slice(&message);
-                let body = http_body_util::Full::new(Bytes::from(frame));
-                let response = Response::builder().header("content-type", "application/grpc");
-                Ok::<_, std::convert::Infallible>(response.body(body).unwrap())
+    /// Answers every request of a connection with one profile message, or with nothing at all.
+    async fn serve(io: impl linkerd_stack::Io, answers: bool) {
+        let service = hyper::service::service_fn(move |_| async move {
+            if !answers {
+                std::future::pending::<()>().await;
+            }
+            let message = prost::Message::encode_to_vec(&api::DestinationProfile {
+                fully_qualified_name: "web.shop".into(),
+                ..Default::default()
             });
-            let server = hyper::server::conn::http2::Builder::new(hyper_util::rt::TokioExecutor::new());
-            tokio::spawn(server.serve_connection(hyper_util::rt::TokioIo::new(io), service));
-        }
+            let mut frame = vec![0];
+            frame.extend_from_slice(&u32::try_from(message.len()).unwrap().to_be_bytes());
+            frame.extend_from_slice(&message);
+            let body = http_body_util::Full::new(Bytes::from(frame));
+            let response = Response::builder().header("content-type", "application/grpc");
+            Ok::<_, std::convert::Infallible>(response.body(body).unwrap())
+        });
+        let server = hyper::server::conn::http2::Builder::new(hyper_util::rt::TokioExecutor::new());
+        let _ = server.serve_connection(hyper_util::rt::TokioIo::new(io), service).await;
+    }
+
+    async fn until_connected(client: &Client) {
+        client.connected().wait_for(|connected| *connected).await.unwrap();
     }
 
     #[tokio::test]
@@ -441,7 +445,7 @@ pub(crate) mod tests {
         let mut connected = client.connected();
         assert!(!*connected.borrow_and_update());
         let listener = TcpListener::bind(addr).await.unwrap();
-        tokio::spawn(serve(listener, 1));
+        tokio::spawn(async move { serve(listener.accept().await.unwrap().0, true).await });
         let found = call.await.unwrap().unwrap();
         assert_eq!(found[0].fully_qualified_name, "web.shop");
         assert!(*connected.borrow_and_update() && client.trouble().is_none());
@@ -476,6 +480,90 @@ pub(crate) mod tests {
         });
         let status = profile(client).await.unwrap_err();
         assert_eq!(status.code(), tonic::Code::Unavailable, "{}", stream::describe(&status));
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_has_gone_silent_is_replaced() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = client(listener.local_addr().unwrap().port());
+        tokio::spawn(async move {
+            for answers in [false, true] {
+                let (io, _) = listener.accept().await.unwrap();
+                tokio::spawn(serve(io, answers));
+            }
+        });
+        until_connected(&client).await;
+        time::pause();
+        assert!(time::timeout(Duration::from_secs(3), profile(client.clone())).await.is_err());
+        time::resume();
+        assert_eq!(profile(client).await.unwrap().len(), 1);
+    }
+
+    /// Every name is this host.
+    struct Here;
+
+    impl Lookup for Here {
+        fn srv(&self, _: &str) -> BoxFuture<'_, Result<dns::Answer<Vec<(String, u16)>>, dns::Failed>> {
+            Box::pin(std::future::ready(Err(dns::Failed { reason: "none".into(), ttl: None })))
+        }
+
+        fn ip(&self, _: &str) -> BoxFuture<'_, Result<dns::Answer<Vec<std::net::IpAddr>>, dns::Failed>> {
+            let value = vec!["127.0.0.1".parse().unwrap()];
+            Box::pin(std::future::ready(Ok(dns::Answer { value, ttl: Duration::from_secs(60) })))
+        }
+    }
+
+    #[tokio::test]
+    async fn mesh_tls_waits_for_a_certificate_and_proves_both_sides() {
+        use linkerd_tls::{
+            ca,
+            identity::{self, Alpn},
+        };
+        let dir = std::env::temp_dir().join(format!("control-client-{}", std::process::id()));
+        ca::init(&dir, &ca::Init { overwrite: true, ..Default::default() }).unwrap();
+        let issuer = ca::Issuer::load(&dir).unwrap();
+        std::fs::remove_dir_all(dir).unwrap();
+        let identity = |id: &str| {
+            let id: Id = id.parse().unwrap();
+            let name = id.to_server_name().unwrap();
+            let (writer, reader) = identity::channel(id.clone(), name, issuer.trust_anchors().clone());
+            (writer, reader, issuer.issue(&id).unwrap())
+        };
+        let (mut writer, server, certificate) = identity("dst.linkerd");
+        writer.set_certificate(certificate).unwrap();
+        let (mut writer, reader, certificate) = identity("web.shop");
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = |id: &str| {
+            Client::new(Options {
+                service: ControlService::Destination,
+                addr: config::ControlAddr {
+                    host: "dst.linkerd.svc.".into(),
+                    port: listener.local_addr().unwrap().port(),
+                    identity: Some(id.parse().unwrap()),
+                },
+                connect: connect_config(),
+                secure: Arc::new(reader.clone()),
+                needs_identity: true,
+                dns: Arc::new(Here),
+                observer: Arc::new(()),
+            })
+        };
+        let right = client("dst.linkerd");
+        tokio::task::yield_now().await;
+        assert!(!*right.connected().borrow());
+        writer.set_certificate(certificate).unwrap();
+        let (io, _) = listener.accept().await.unwrap();
+        let (accepted, io) = server.accept(io, Alpn::None).await.unwrap();
+        assert_eq!(accepted.client_id, Some("web.shop".parse().unwrap()));
+        tokio::spawn(serve(io, true));
+        assert_eq!(profile(right).await.unwrap().len(), 1);
+        // Somebody else answers.
+        let wrong = client("policy.linkerd");
+        let (io, _) = listener.accept().await.unwrap();
+        assert!(server.accept(io, Alpn::None).await.is_err());
+        let (_io, _) = listener.accept().await.unwrap();
+        let trouble = wrong.trouble().unwrap();
+        assert!(trouble.contains("TLS with policy.linkerd"), "{trouble}");
     }
 
     #[test]

@@ -600,6 +600,15 @@ fn pod_annotations(head: &Head, at: &mut At<'_>) {
             at.key(&key).warn(why, "The setting is ignored");
         }
     }
+    let key = super::super::annotations::TRANSPORT_MODE;
+    if let Some(text) = head.annotation(key)
+        && !matches!(text, "transparent" | "transport-header")
+    {
+        at.key(key).warn(
+            format!("{text:?} is no transport mode"),
+            "Write transparent or transport-header; transparent applies",
+        );
+    }
     let key = "config.linkerd.io/default-inbound-policy";
     if let Some(text) = head.annotation(key)
         && super::policy::default_policy(text).is_none()
