@@ -2,7 +2,6 @@
 //!
 //! `cargo bench -p benches` runs all; `cargo bench -p benches -- route` those with a word in their name.
 
-#![expect(missing_docs, reason = "criterion_group makes public functions without docs")]
 #![allow(clippy::unwrap_used, reason = "a bench that can't be set up has no result")]
 
 mod balance;

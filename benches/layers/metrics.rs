@@ -1,10 +1,12 @@
 //! What counting costs a request, and a scrape of some ten thousand series.
 
-use criterion::{Criterion, Throughput};
+use criterion::{BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
 use linkerd_app::{
     config,
-    policy::authz::NoTls,
-    telemetry::{Class, ConnLabels, ConnMetrics, Direction, EndpointLabels, Peer, Telemetry, TlsLabels},
+    policy::{Meta, authz::NoTls},
+    telemetry::{
+        Class, ConnLabels, Direction, Ended, EndpointLabels, Peer, RouteKind, RouteLabels, Telemetry, TlsLabels,
+    },
 };
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -35,21 +37,38 @@ pub(crate) fn benches(c: &mut Criterion) {
     });
     group.bench_function("resolve_handle", |b| b.iter(|| telemetry.endpoint(endpoint_labels(1))));
 
-    let conns: Vec<Arc<ConnMetrics>> = (0..2000).map(|i| telemetry.conn(conn_labels(i))).collect();
-    for conn in &conns {
+    let connections = self::telemetry();
+    let handles: Vec<_> = (0..2000).map(|i| connections.conn(conn_labels(i))).collect();
+    for conn in &handles {
         conn.open();
-        conn.read(100);
-        conn.written(100);
         conn.close(None);
     }
-    let series = samples(&telemetry);
-    assert!(series >= 10_000, "{series} samples");
-    group.throughput(Throughput::Elements(series as u64));
-    group.bench_function("scrape_10000_series", |b| b.iter(|| telemetry.render()));
+    scrape(&mut group, "connections", &connections);
+
+    let requests = self::telemetry();
+    let handles: Vec<_> = (0..400).map(|i| requests.endpoint(endpoint_labels(i))).collect();
+    for endpoint in &handles {
+        endpoint.request();
+        endpoint.first_byte(200, Duration::from_millis(7));
+        endpoint.response(Some(200), Class::http(200));
+    }
+    scrape(&mut group, "endpoints", &requests);
+
+    let routes = self::telemetry();
+    let handles: Vec<_> = (0..800).map(|i| routes.outbound_route(RouteKind::Http, route_labels(i))).collect();
+    for route in &handles {
+        route.request();
+        route.ended(Ended { status: Some(200), error: None }, Duration::from_millis(7));
+    }
+    scrape(&mut group, "routes", &routes);
 }
 
-fn samples(telemetry: &Telemetry) -> usize {
-    telemetry.render().lines().filter(|l| !l.starts_with('#')).count()
+/// Some ten thousand samples, most of them of one kind; time is per sample.
+fn scrape(group: &mut BenchmarkGroup<'_, WallTime>, kind: &str, telemetry: &Telemetry) {
+    let samples = telemetry.render().lines().filter(|l| !l.starts_with('#')).count();
+    assert!((9_000..16_000).contains(&samples), "{samples} samples");
+    group.throughput(Throughput::Elements(samples as u64));
+    group.bench_function(format!("scrape_10000_series/{kind}"), |b| b.iter(|| telemetry.render()));
 }
 
 fn telemetry() -> Telemetry {
@@ -79,4 +98,9 @@ fn conn_labels(i: u32) -> ConnLabels {
         authority: Some("web.shop.svc.cluster.local".into()),
         dst: None,
     }
+}
+
+fn route_labels(i: u32) -> RouteLabels {
+    let parent = Meta::resource("core", "Service", "shop", &format!("web-{i}"), Some(80));
+    RouteLabels { parent, route: Meta::default("http"), hostname: None }
 }

@@ -7,10 +7,10 @@ use http_body::{Body, Frame};
 use http_body_util::BodyExt;
 use linkerd_stack::replay::ReplayBody;
 use std::{
+    collections::VecDeque,
     convert::Infallible,
     pin::Pin,
     task::{Context, Poll},
-    vec::IntoIter,
 };
 
 const MAX: usize = 64 * 1024;
@@ -37,23 +37,23 @@ pub(crate) fn benches(c: &mut Criterion) {
     }
 }
 
-struct Frames(IntoIter<Bytes>);
+struct Frames(VecDeque<Bytes>);
 
 impl Body for Frames {
     type Data = Bytes;
     type Error = Infallible;
 
     fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        Poll::Ready(self.0.next().map(|data| Ok(Frame::data(data))))
+        Poll::Ready(self.0.pop_front().map(|data| Ok(Frame::data(data))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.0.as_slice().is_empty()
+        self.0.is_empty()
     }
 }
 
 fn body(frames: &[Bytes]) -> Frames {
-    Frames(frames.to_vec().into_iter())
+    Frames(frames.iter().cloned().collect())
 }
 
 fn drain(mut body: impl Body<Data = Bytes> + Unpin) -> usize {
