@@ -1204,12 +1204,12 @@ mod tests {
         };
         let server = "{group: policy.linkerd.io, kind: Server, name: s}";
         let tls = "{group: policy.linkerd.io, kind: MeshTLSAuthentication, name: m}";
-        ap(server, &format!("{tls}, {{group: policy.linkerd.io, kind: NetworkAuthentication, name: n}}"), &[]);
+        ap(server, &format!("{tls}, {{group: policy.linkerd.io, kind: NetworkAuthentication, name: net}}"), &[]);
         ap("{kind: Namespace, name: shop}", "", &[]);
         ap("{kind: Namespace, name: other}", "", &["targetRef.name"]);
         ap("{kind: Pod, name: other}", "", &["targetRef.kind"]);
-        ap(server, &format!("{tls}, {{kind: ServiceAccount, name: n}}"), &["requiredAuthenticationRefs"]);
-        ap(server, "{kind: Secret, name: n}", &["requiredAuthenticationRefs[0].kind"]);
+        ap(server, &format!("{tls}, {{kind: ServiceAccount, name: net}}"), &["requiredAuthenticationRefs"]);
+        ap(server, "{kind: Secret, name: net}", &["requiredAuthenticationRefs[0].kind"]);
 
         spec(
             "MeshTLSAuthentication",
