@@ -858,6 +858,7 @@ spec: {ports: [{name: http, port: 80}]}
     assert_eq!(tls.server_id.as_str(), "web.shop.serviceaccount.identity.linkerd.west.example");
     assert_eq!(&*list[2].meta.cluster, "west");
     assert_eq!(list[2].meta.labels["service"], "web".into());
+    assert_eq!(list[2].meta.labels["target_cluster"], "west".into());
     // The other cluster's objects are not seen as our own.
     assert_eq!(addrs(&replicas(&s, WEB_KEY).await).len(), 2);
     west.remove("web.yaml");

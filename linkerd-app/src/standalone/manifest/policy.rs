@@ -7,7 +7,7 @@ use super::{
         report::{At, Severity},
     },
     Head, Kind, POLICY, PortRef,
-    core::{RawCondition, is_ready},
+    core::{RawCondition, is_ready, pod_annotations, weight_annotation},
     route::{RawSession, SessionSpec, session},
     typed,
 };
@@ -747,6 +747,8 @@ struct RawStatus {
 pub(super) fn external_workload(value: &Value, head: Head, at: &mut At<'_>) -> Option<ExternalWorkload> {
     let raw: RawExternalWorkload = typed(value, "spec", at)?;
     let status: RawStatus = typed(value, "status", at)?;
+    weight_annotation(&head, &mut at.field("metadata"));
+    pod_annotations(&head, &mut at.field("metadata"));
     let mut at = at.field("spec");
     let tls = raw.mesh_tls;
     let identity = tls.identity.parse::<Id>().map_err(|e| e.to_string());
