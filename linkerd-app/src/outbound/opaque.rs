@@ -248,9 +248,9 @@ impl RouteBackend {
             }
         };
         // Nothing has been sent yet, so another replica may be tried without harm.
-        let mut attempts = CONNECT_ATTEMPTS.min(replicas.balance.len()).max(1);
+        let mut attempts = 0;
         loop {
-            attempts -= 1;
+            attempts += 1;
             let picked = replicas.acquire().await?;
             let started = Instant::now();
             match picked.service.connector.open(None).await {
@@ -262,7 +262,7 @@ impl RouteBackend {
                     // The one that failed must not look like the fastest.
                     picked.load.penalize(started.elapsed().max(REFUSED_PENALTY));
                     let error = error.context(format!("endpoint {}", picked.service.addr));
-                    if attempts == 0 {
+                    if attempts >= CONNECT_ATTEMPTS.min(replicas.balance.len()) {
                         return Err(error);
                     }
                     tracing::debug!(%error, "trying another endpoint");
