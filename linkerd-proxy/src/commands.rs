@@ -147,24 +147,25 @@ fn serve(config: Config, home: Home, log: log::Handle, traffic: Runtime) -> Exit
         Ok(daemon) => daemon,
         Err(error) => return failure(&format!("cannot start the admin runtime: {error}")),
     };
-    traffic.block_on(async move {
-        let (app, beside) =
-            match App::build(Parts { config, home, telemetry, access_log: access_log.clone(), log, env }) {
-                Ok(parts) => parts,
-                Err(error) => return failure(&error.to_string()),
-            };
-        let signals = match signals() {
-            Ok(signals) => signals,
-            Err(error) => return failure(&format!("cannot handle signals: {error}")),
-        };
-        let thread = std::thread::Builder::new().name("admin".into());
-        if let Err(error) = thread.spawn(move || daemon.block_on(beside.run())) {
-            return failure(&format!("cannot start the admin thread: {error}"));
-        }
-        app.serve(signals).await;
-        access_log.flush();
-        ExitCode::SUCCESS
-    })
+    let parts = Parts { config, home, telemetry, access_log: access_log.clone(), log, env };
+    let built = {
+        let _entered = traffic.enter();
+        App::build(parts).map_err(|error| error.to_string()).and_then(|built| {
+            let signals = signals().map_err(|error| format!("cannot handle signals: {error}"))?;
+            Ok((built, signals))
+        })
+    };
+    let ((app, beside), signals) = match built {
+        Ok(built) => built,
+        Err(why) => return failure(&why),
+    };
+    let thread = std::thread::Builder::new().name("admin".into());
+    if let Err(error) = thread.spawn(move || daemon.block_on(beside.run())) {
+        return failure(&format!("cannot start the admin thread: {error}"));
+    }
+    traffic.block_on(app.serve(signals));
+    access_log.flush();
+    ExitCode::SUCCESS
 }
 
 /// The names of the signals that ask the process to stop, as they arrive.
@@ -276,7 +277,7 @@ fn check(args: Check) -> ExitCode {
         Err(why) => return usage(&why),
     };
     let report = standalone::check_with(&folders(args.dirs), &settings);
-    print!("{report}");
+    println!("{report}");
     if report.errors() > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 

@@ -14,9 +14,22 @@ use linkerd_stack::{
     Ready,
     balance::{self, Balance, Member, NotReady, Picked},
 };
+use parking_lot::Mutex;
 use rand::RngExt;
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
-use tokio::{task::AbortHandle, time::sleep};
+use std::{
+    collections::BTreeMap,
+    fmt::Write,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+use tokio::{
+    task::AbortHandle,
+    time::{Instant, sleep},
+};
 
 /// Weight of a replica to which discovery gives none (resources.md: Linkerd's plain weight).
 const PLAIN_WEIGHT: u32 = 10_000;
@@ -29,12 +42,41 @@ const STALE_AFTER: Duration = Duration::from_secs(30);
 pub(super) trait Replica: Send + Sync + 'static {
     /// Whether it can take work.
     fn ready(&self) -> Ready;
+
+    /// Why it can't, if so.
+    fn unready(&self) -> Option<Unready>;
 }
+
+/// Why a replica takes no work.
+pub(super) enum Unready {
+    /// Its circuit breaker is open.
+    Ejected,
+    /// It is not connected; the last attempt's failure, if there was one.
+    Unconnected(Option<Error>),
+}
+
+/// How long an explanation of why nothing is ready is given out again. Looking at every replica for each of the
+/// requests that are shed would cost most when there is least to spare.
+const EXPLANATION_LIFETIME: Duration = Duration::from_secs(1);
 
 /// Replicas of type `E`, with the task that keeps them up to date. Dropping it ends both; requests in flight go on.
 pub(super) struct Replicas<E> {
     pub(super) balance: Balance<SocketAddr, Arc<E>>,
     driver: Option<AbortHandle>,
+    /// Set when discovery gave the name up.
+    failed: Arc<AtomicBool>,
+    explanation: Mutex<Option<(Instant, Arc<str>)>>,
+    queue_capacity: usize,
+}
+
+impl<E: Replica> Concrete<E> {
+    /// Whether it can be carried over to a new policy.
+    pub(super) fn is_usable(&self) -> bool {
+        match self {
+            Self::Replicas(replicas) => !replicas.is_failed(),
+            Self::Fail(_) => true,
+        }
+    }
 }
 
 /// A backend of HTTP or of connections.
@@ -65,6 +107,16 @@ impl Settings {
 }
 
 impl<E: Replica> Replicas<E> {
+    fn new(settings: Settings) -> Self {
+        Self {
+            queue_capacity: settings.queue.capacity,
+            balance: settings.balance(),
+            driver: None,
+            failed: Arc::default(),
+            explanation: Mutex::new(None),
+        }
+    }
+
     /// Replicas behind a name.
     pub(super) fn discovered(
         rt: &Arc<Runtime>,
@@ -72,17 +124,18 @@ impl<E: Replica> Replicas<E> {
         settings: Settings,
         build: impl FnMut(&Endpoint) -> E + Send + 'static,
     ) -> Self {
-        let balance = settings.balance();
-        let driver = drive(rt.clone(), discovery.clone(), balance.clone(), build);
-        Self { balance, driver: Some(tokio::spawn(driver).abort_handle()) }
+        let mut this = Self::new(settings);
+        let driver = drive(rt.clone(), discovery.clone(), this.balance.clone(), this.failed.clone(), build);
+        this.driver = Some(tokio::spawn(driver).abort_handle());
+        this
     }
 
     /// One replica whose address is known.
     pub(super) fn known(endpoint: &Endpoint, settings: Settings, replica: E) -> Self {
-        let balance = settings.balance();
+        let this = Self::new(settings);
         let ready = replica.ready();
-        balance.reset(vec![(endpoint.addr, Member { service: Arc::new(replica), ready, weight: 1 })]);
-        Self { balance, driver: None }
+        this.balance.reset(vec![(endpoint.addr, Member { service: Arc::new(replica), ready, weight: 1 })]);
+        this
     }
 
     /// A replica, waiting in the queue if none is ready (behaviour.md D.8).
@@ -90,18 +143,61 @@ impl<E: Replica> Replicas<E> {
     /// # Errors
     /// [`Cause::FailFast`], [`Cause::LoadShed`], or [`Cause::Unexpected`] if discovery gave the name up.
     pub(super) async fn acquire(&self) -> Result<Picked<SocketAddr, Arc<E>>, Error> {
-        self.balance.acquire().await.map_err(|error| {
-            // An operator wants to know which kind of nothing there was.
-            let what: Arc<str> = match self.balance.len() {
-                0 => "no endpoints".into(),
-                n => format!("none of {n} endpoints is ready").into(),
-            };
-            match error {
-                NotReady::FailFast(_) => Error::new(Cause::FailFast).context(what),
-                NotReady::LoadShed => Error::new(Cause::LoadShed).context(what),
-                NotReady::Failed(reason) => Error::new(Cause::Unexpected(reason)),
+        self.balance.acquire().await.map_err(|error| match error {
+            NotReady::FailFast(_) => Error::new(Cause::FailFast).context(self.explain()),
+            NotReady::LoadShed if self.is_open() => {
+                Error::new(Cause::LoadShed).context(format!("the queue of {} is full", self.queue_capacity))
             }
+            NotReady::LoadShed => Error::new(Cause::LoadShed).context(self.explain()),
+            NotReady::Failed(reason) => Error::new(Cause::Unexpected(reason)),
         })
+    }
+
+    /// Which kind of nothing there is.
+    fn explain(&self) -> Arc<str> {
+        let mut explanation = self.explanation.lock();
+        if let Some((at, text)) = &*explanation
+            && at.elapsed() < EXPLANATION_LIFETIME
+        {
+            return text.clone();
+        }
+        let text: Arc<str> = self.look().into();
+        *explanation = Some((Instant::now(), text.clone()));
+        text
+    }
+
+    fn look(&self) -> String {
+        let members = self.balance.status();
+        let (mut ejected, mut unconnected, mut example) = (0_usize, 0_usize, None);
+        for member in &members {
+            match self.balance.get(&member.key).and_then(|replica| replica.unready()) {
+                Some(Unready::Ejected) => ejected += 1,
+                Some(Unready::Unconnected(failure)) => {
+                    unconnected += 1;
+                    example = example.or(failure.map(|failure| (member.key, failure)));
+                }
+                None => {}
+            }
+        }
+        if members.is_empty() {
+            return "no endpoints".to_string();
+        }
+        let mut text = format!("no endpoint of {} is ready", members.len());
+        if ejected > 0 {
+            let _ = write!(text, ", {ejected} shut by circuit breakers");
+        }
+        if unconnected > 0 {
+            let _ = write!(text, ", {unconnected} not connected");
+        }
+        if let Some((addr, failure)) = example {
+            let _ = write!(text, " ({addr}: {failure})");
+        }
+        text
+    }
+
+    /// Whether discovery gave the name up, so that it must be asked again.
+    pub(super) fn is_failed(&self) -> bool {
+        self.failed.load(Relaxed)
     }
 
     /// Whether requests would be taken now, as a distribution asks before it chooses.
@@ -123,6 +219,7 @@ async fn drive<E: Replica>(
     rt: Arc<Runtime>,
     discovery: Arc<str>,
     balance: Balance<SocketAddr, Arc<E>>,
+    failed: Arc<AtomicBool>,
     mut build: impl FnMut(&Endpoint) -> E,
 ) {
     let mut known: BTreeMap<SocketAddr, Arc<EndpointMeta>> = BTreeMap::new();
@@ -167,6 +264,7 @@ async fn drive<E: Replica>(
             }
             Some(Update::Fail(reason)) => {
                 tracing::warn!(%discovery, %reason, "discovery gave up; requests fail until the policy changes");
+                failed.store(true, Relaxed);
                 balance.fail(reason);
                 return;
             }

@@ -14,6 +14,7 @@ use crate::{
 use bytes::Bytes;
 use linkerd_stack::{BoxFuture, BoxedIo, http::Version};
 use linkerd_tls::{ClientTls, Id};
+use parking_lot::Mutex;
 use std::{net::SocketAddr, sync::Arc};
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 
@@ -29,6 +30,8 @@ struct Inner {
     /// Encoded once per session protocol: none, HTTP/1, HTTP/2. Present if one may be sent.
     header: Option<[Bytes; 3]>,
     metrics: Arc<ConnMetrics>,
+    /// Of the last attempt, if it failed: what is told when nothing is ready.
+    failure: Mutex<Option<Error>>,
 }
 
 /// A connection to a replica.
@@ -79,7 +82,7 @@ impl Connector {
             authority,
             dst: Some(meta.clone()),
         });
-        Self(Arc::new(Inner { rt: rt.clone(), dial, tls, header, metrics }))
+        Self(Arc::new(Inner { rt: rt.clone(), dial, tls, header, metrics, failure: Mutex::new(None) }))
     }
 
     /// The identity demanded of the replica, or why none is.
@@ -97,14 +100,21 @@ impl Connector {
             return Err(Cause::Loop(*dial).into());
         }
         let limit = rt.config.connect.timeout;
-        match timeout(limit, self.establish(session)).await {
+        let result = match timeout(limit, self.establish(session)).await {
             Ok(result) => result,
             Err(_) => Err(Cause::ConnectTimeout(limit).into()),
-        }
+        };
+        *self.0.failure.lock() = result.as_ref().err().cloned();
+        result
+    }
+
+    /// Why the last attempt to connect failed, if it did.
+    pub(super) fn failure(&self) -> Option<Error> {
+        self.0.failure.lock().clone()
     }
 
     async fn establish(&self, session: Option<Version>) -> Result<Upstream, Error> {
-        let Inner { rt, dial, tls, header, metrics } = &*self.0;
+        let Inner { rt, dial, tls, header, metrics, .. } = &*self.0;
         let io = transport::connect(*dial, &rt.config.connect).await?;
         let (Ok(tls), Some(identity)) = (tls, &rt.identity) else {
             return Ok(Upstream::Plain(io, metrics.clone()));

@@ -3,6 +3,7 @@
 
 use super::{
     Runtime,
+    concrete::Unready,
     connect::Connector,
     tracked::{EndpointHook, Tracked, outcome},
 };
@@ -76,7 +77,12 @@ impl HttpEndpoint {
         let connector = Connector::new(rt, endpoint, kind.authority.clone());
         let local = rt.is_local(endpoint.addr);
         let upgrade = meta.hint == ProtocolHint::Http2 && !local;
-        let client = Client::new(client_config(rt, meta.http2.as_ref()), connector.clone(), kind.http2 || upgrade);
+        let client = Client::with_replay_hook(
+            client_config(rt, meta.http2.as_ref()),
+            connector.clone(),
+            kind.http2 || upgrade,
+            Some(rt.on_replay.clone()),
+        );
         let breaker = breaker_config(&kind.breaker).map(|config| Breaker::new(config, rand::random()));
         let ready = match &breaker {
             Some(breaker) => ready::all([client.ready(), breaker.ready()]),
@@ -100,6 +106,14 @@ impl HttpEndpoint {
     /// Whether it can take requests.
     pub(super) fn ready(&self) -> Ready {
         self.ready.clone()
+    }
+
+    /// Why it takes no requests, if so.
+    pub(super) fn unready(&self) -> Option<Unready> {
+        if self.breaker.as_ref().is_some_and(|breaker| !breaker.ready().get()) {
+            return Some(Unready::Ejected);
+        }
+        (!self.client.ready().get()).then(|| Unready::Unconnected(self.connector.failure()))
     }
 
     /// Leave from the breaker. None if it shut between the pick and now.

@@ -423,7 +423,8 @@ impl Building<'_> {
         if let Some(concrete) = find(&self.backends) {
             return concrete;
         }
-        let concrete = find(&self.builder.backends).unwrap_or_else(|| Arc::new(self.build(&key)));
+        let kept = find(&self.builder.backends).filter(|concrete| concrete.is_usable());
+        let concrete = kept.unwrap_or_else(|| Arc::new(self.build(&key)));
         self.backends.entry(backend.meta.clone()).or_default().push((key, concrete.clone()));
         concrete
     }

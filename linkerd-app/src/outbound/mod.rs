@@ -40,7 +40,7 @@ use crate::{
 use ::http::{Request, Response};
 use linkerd_stack::{
     BoxService, BoxedIo, PrefixedIo, drain,
-    http::{Body, ServerConfig, Version, serve},
+    http::{Body, ServerConfig, Version, client::OnReplay, serve},
     limit::ConcurrencyLimit,
     rate::Limiter,
 };
@@ -75,6 +75,8 @@ struct Runtime {
     rescue: Rescue,
     in_flight: ConcurrencyLimit,
     log_limit: Limiter,
+    /// Counts requests that were sent once more.
+    on_replay: OnReplay,
 }
 
 impl Runtime {
@@ -104,7 +106,9 @@ impl Outbound {
         source: Arc<dyn Source>,
         telemetry: Telemetry,
     ) -> Self {
+        let replays = telemetry.replays(Direction::Outbound);
         let rt = Arc::new(Runtime {
+            on_replay: Arc::new(move || replays.inc()),
             local_ips,
             identity,
             source,

@@ -3,7 +3,7 @@
 
 use super::{
     Runtime,
-    concrete::{Concrete, Distribution, Replica, Replicas, Settings, random},
+    concrete::{Concrete, Distribution, Replica, Replicas, Settings, Unready, random},
     connect::{Connector, Upstream},
     logical::{authority_label, distribution_of},
 };
@@ -20,8 +20,14 @@ use crate::{
 };
 use bytes::Bytes;
 use linkerd_stack::{BoxedIo, Io, PrefixedIo, Ready, balance::LoadHandle, copy};
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::Instant};
+
+/// Replicas that are tried for a connection before its client is turned away.
+const CONNECT_ATTEMPTS: usize = 3;
+
+/// Latency that a failure to connect counts as, at the least.
+const REFUSED_PENALTY: Duration = Duration::from_secs(1);
 
 /// The routes of a destination for connections.
 pub(super) struct TcpRoutes {
@@ -66,6 +72,10 @@ pub(super) struct TcpEndpoint {
 impl Replica for TcpEndpoint {
     fn ready(&self) -> Ready {
         self.ready.clone()
+    }
+
+    fn unready(&self) -> Option<Unready> {
+        None
     }
 }
 
@@ -160,7 +170,7 @@ impl Route {
                 Err(error) => {
                     if let (Cause::Forbidden(_), Client::Tcp(io, ..)) = (error.cause(), &client) {
                         // The client is told by a reset that this was no ordinary end.
-                        let _ = socket2::SockRef::from(io).set_linger(Some(std::time::Duration::ZERO));
+                        let _ = socket2::SockRef::from(io).set_linger(Some(Duration::ZERO));
                     }
                     return Err(error);
                 }
@@ -237,12 +247,28 @@ impl RouteBackend {
                 .into());
             }
         };
-        let picked = replicas.acquire().await?;
-        let started = Instant::now();
-        let upstream = picked.service.connector.open(None).await;
-        picked.load.observe(started.elapsed());
-        let upstream = upstream.map_err(|error| error.context(format!("endpoint {}", picked.service.addr)))?;
-        Ok(Opened { upstream, _load: picked.load })
+        // Nothing has been sent yet, so another replica may be tried without harm.
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let picked = replicas.acquire().await?;
+            let started = Instant::now();
+            match picked.service.connector.open(None).await {
+                Ok(upstream) => {
+                    picked.load.observe(started.elapsed());
+                    return Ok(Opened { upstream, _load: picked.load });
+                }
+                Err(error) => {
+                    // The one that failed must not look like the fastest.
+                    picked.load.penalize(started.elapsed().max(REFUSED_PENALTY));
+                    let error = error.context(format!("endpoint {}", picked.service.addr));
+                    if attempts >= CONNECT_ATTEMPTS.min(replicas.balance.len()) {
+                        return Err(error);
+                    }
+                    tracing::debug!(%error, "trying another endpoint");
+                }
+            }
+        }
     }
 }
 
@@ -371,7 +397,8 @@ impl Builder {
         if let Some(concrete) = find(kept) {
             return concrete;
         }
-        let concrete = find(&self.backends).unwrap_or_else(|| Arc::new(self.make(policy, backend, tls)));
+        let old = find(&self.backends).filter(|concrete| concrete.is_usable());
+        let concrete = old.unwrap_or_else(|| Arc::new(self.make(policy, backend, tls)));
         kept.push((key, concrete.clone()));
         concrete
     }

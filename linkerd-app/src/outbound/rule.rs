@@ -4,7 +4,7 @@
 
 use super::{
     Runtime,
-    concrete::{Concrete, Distribution, Replica, Replicas, random},
+    concrete::{Concrete, Distribution, Replica, Replicas, Unready, random},
     endpoint::{HttpEndpoint, Unanswered, backoff_of},
     limits::{Limits, Progress},
     params::Params,
@@ -117,6 +117,10 @@ pub(super) struct Mirroring {
 impl Replica for HttpEndpoint {
     fn ready(&self) -> Ready {
         HttpEndpoint::ready(self)
+    }
+
+    fn unready(&self) -> Option<Unready> {
+        HttpEndpoint::unready(self)
     }
 }
 

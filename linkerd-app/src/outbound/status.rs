@@ -3,7 +3,7 @@
 
 use super::{
     Outbound,
-    concrete::{Concrete, Distribution},
+    concrete::{Concrete, Distribution, Unready},
     logical::HttpRoutes,
     rule::RuleBackend,
 };
@@ -68,9 +68,15 @@ fn replicas(backend: &RuleBackend) -> Value {
                 .status()
                 .into_iter()
                 .map(|s| {
+                    let state = match replicas.balance.get(&s.key).and_then(|replica| replica.unready()) {
+                        None => "ready".to_string(),
+                        Some(Unready::Ejected) => "shut by its circuit breaker".to_string(),
+                        Some(Unready::Unconnected(None)) => "connecting".to_string(),
+                        Some(Unready::Unconnected(Some(error))) => format!("not connected: {error}"),
+                    };
                     json!({
                         "addr": s.key.to_string(),
-                        "ready": s.ready,
+                        "state": state,
                         "in_flight": s.in_flight,
                         "rtt_ms": s.rtt.as_secs_f64() * 1_000.0,
                         "weight": s.weight,

@@ -161,6 +161,14 @@ async fn named(name: &'static str) -> SocketAddr {
     app(move |_| async move { Response::new(Body::full(name)) }).await
 }
 
+/// An address that refuses connections for as long as its socket, bound but not listening, is held.
+fn refusing() -> (tokio::net::TcpSocket, SocketAddr) {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let addr = socket.local_addr().unwrap();
+    (socket, addr)
+}
+
 fn name(host: &str) -> Target {
     Target::Name(host.into(), 80)
 }
@@ -298,7 +306,7 @@ async fn without_replicas_requests_fail_fast_and_then_at_once_until_there_are_so
 #[tokio::test(start_paused = true)]
 async fn refused_connections_are_answers_of_the_endpoint() {
     let w = world();
-    let gone = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let (_port, gone) = refusing();
     w.serve("a", &[gone]).await;
     w.script.set_policy(name("web"), policy(vec![to("a")]));
     let rsp = w.send(get("/")).await;
@@ -649,4 +657,52 @@ async fn explicit_listeners_take_names_and_tunnels() {
     let mut rsp = String::new();
     client.read_to_string(&mut rsp).await.unwrap();
     assert!(rsp.starts_with("HTTP/1.1 503 ") && rsp.contains("discovery refused nowhere:80"), "{rsp}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn failures_say_which_kind_of_nothing_was_ready() {
+    let w = world();
+    let (sick, _) = flaky(&[500; 99]).await;
+    w.serve("a", &[sick]).await;
+    let backoff = Backoff { min: 60_000 * MS, max: 60_000 * MS, jitter: 0.0 };
+    let breaker = Breaker::Consecutive { max_failures: 1, backoff };
+    w.script.set_policy(name("web"), policy_with(vec![to("a")], breaker));
+    w.get("/").await;
+    let rsp = w.send(get("/")).await;
+    let why = "no endpoint of 1 is ready, 1 shut by circuit breakers: service in fail-fast";
+    assert!(reason(&rsp).ends_with(why), "{}", reason(&rsp));
+
+    // HTTP/2 endpoints are connected ahead of requests, so it is the connection that is missing.
+    let (_port, gone) = refusing();
+    w.serve("b", &[gone]).await;
+    w.script.set_policy(name("web"), policy(vec![to("b")]));
+    settle().await;
+    let mut req = get("/");
+    *req.version_mut() = ::http::Version::HTTP_2;
+    let rsp = w.send(req).await;
+    let why = format!("no endpoint of 1 is ready, 1 not connected ({gone}: ");
+    assert!(reason(&rsp).contains(&why), "{}", reason(&rsp));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dead_replica_does_not_cost_a_connection() {
+    let w = world();
+    let (_port, gone) = refusing();
+    let addr = named("a").await;
+    w.serve("a", &[gone, addr]).await;
+    let backend = RouteBackend { filters: Vec::new(), backend: balance("a").backend };
+    let route = TcpRoute {
+        meta: Meta::default("opaq"),
+        refuse: None,
+        backends: Distribution::FirstAvailable(Arc::new([backend])),
+    };
+    let protocol = Protocol::Opaque(Opaque { route: Some(route) });
+    w.script.set_policy(Target::Addr(addr), ClientPolicy { protocol, ..policy(Vec::new()) });
+    for _ in 0..20 {
+        let mut client = connect(&w, Some(addr)).await;
+        client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await.unwrap();
+        let mut rsp = String::new();
+        client.read_to_string(&mut rsp).await.unwrap();
+        assert!(rsp.ends_with("\r\n\r\na"), "{rsp}");
+    }
 }

@@ -88,14 +88,12 @@ fn across(index: &Index, mesh: &Mesh, files: &Files) -> Vec<Finding> {
                     }
                 }
             }
-            Object::Egress(egress) => {
-                if egress.networks.as_ref().is_some_and(|n| !is_outside(mesh, n)) {
-                    problems.push((
-                        "spec.networks".into(),
-                        "a network touches the cluster networks, so the EgressNetwork is not used".into(),
-                        "Except the cluster's networks",
-                    ));
-                }
+            Object::Egress(egress) if egress.networks.as_ref().is_some_and(|n| !is_outside(mesh, n)) => {
+                problems.push((
+                    "spec.networks".into(),
+                    "a network touches the cluster networks, so the EgressNetwork is not used".into(),
+                    "Except the cluster's networks",
+                ));
             }
             Object::Service(service) => {
                 let unassigned =

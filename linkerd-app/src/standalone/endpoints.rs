@@ -547,6 +547,11 @@ impl<'a> Maker<'_, 'a> {
         meta.weight = target.and_then(|t| own_weight(&t.head().annotations)).or(weight).or(Some(WEIGHT_UNIT));
         meta.labels.insert("service".into(), self.service.head.name.clone());
         meta.labels.insert("namespace".into(), self.service.head.namespace.clone());
+        if !self.cluster.is_empty() {
+            meta.labels.insert("target_cluster".into(), self.cluster.clone());
+            meta.labels.insert("target_service".into(), self.service.head.name.clone());
+            meta.labels.insert("target_service_namespace".into(), self.service.head.namespace.clone());
+        }
         if let Some(mirror) = &self.mirror {
             meta.tls = mirror.tls.clone();
             meta.hint = if meta.tls.is_some() { ProtocolHint::Http2 } else { ProtocolHint::Unknown };

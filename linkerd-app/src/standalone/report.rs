@@ -70,7 +70,9 @@ impl<'a> At<'a> {
 
     /// The field of that name below this one.
     pub(super) fn field(&mut self, name: &str) -> At<'_> {
-        let path = if self.path.is_empty() { name.to_string() } else { format!("{}.{name}", self.path) };
+        // A path below a list begins with the number of an item.
+        let dot = if self.path.is_empty() || name.starts_with('[') { "" } else { "." };
+        let path = format!("{}{dot}{name}", self.path);
         At { list: self.list, path }
     }
 

@@ -104,9 +104,7 @@ impl<'a> Parent<'_, 'a> {
         let own = Timeouts { request: own.request.or(rule.request_timeout), ..own };
         let base = match own {
             // The parent's count only if the rule has none of the three.
-            Timeouts { request: None, response: None, idle: None, .. } if rule.backend_request_timeout.is_none() => {
-                self.tuning.timeouts
-            }
+            Timeouts { request: None, response: None, idle: None, .. } => self.tuning.timeouts,
             own => own,
         };
         Timeouts { backend_request: rule.backend_request_timeout, ..base }

@@ -169,7 +169,7 @@ impl<'a> Judge<'_, 'a> {
         allowed.extend_from_slice(authorizations);
         let rule = |r: &ManifestRule| Rule {
             matches: r.matches.clone(),
-            filters: r.filters.iter().map(|f| routes::inbound_filter(f)).collect(),
+            filters: r.filters.iter().map(routes::inbound_filter).collect(),
         };
         Route {
             meta: Meta::resource(key.kind.group(), key.kind.name(), "", &key.name, None),

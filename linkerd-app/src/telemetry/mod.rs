@@ -109,6 +109,8 @@ struct Inner {
     dns: Arc<DnsMetrics>,
     manifests: Arc<ManifestMetrics>,
     terminations: Arc<termination::Terminations>,
+    /// Inbound, outbound.
+    replays: [Arc<Counter>; 2],
     tls_info: Arc<OnceLock<TlsInfo>>,
     health: Arc<Health>,
     access_log_drops: Arc<Counter>,
@@ -175,6 +177,7 @@ impl Telemetry {
         let manifests: Arc<ManifestMetrics> = Arc::default();
         let terminations = Arc::new(termination::Terminations::new());
         let tls_info: Arc<OnceLock<TlsInfo>> = Arc::default();
+        let replays: [Arc<Counter>; 2] = Default::default();
 
         let process = Process::new();
         collect(&mut registry, move |out| process.encode(out));
@@ -189,6 +192,15 @@ impl Telemetry {
         collect(&mut registry, move |out| of.encode(out));
         let of = terminations.clone();
         collect(&mut registry, move |out| of.encode(out));
+        let of = replays.clone();
+        collect(&mut registry, move |out| {
+            out.counter(
+                "http_replayed_requests",
+                None,
+                "Requests sent once more because the peer provably had not processed them",
+                ["inbound", "outbound"].iter().zip(&of).map(|(d, n)| (Sample::of("direction", d), n.get())),
+            )
+        });
         let (of, gone) = (conns.clone(), gone_zones.clone());
         collect(&mut registry, move |out| transfer_cost(out, &of, &gone));
 
@@ -238,6 +250,7 @@ impl Telemetry {
             dns,
             manifests,
             terminations,
+            replays,
             tls_info,
             health,
             access_log_drops,
@@ -367,6 +380,14 @@ impl Telemetry {
     /// Connections on a TLS route.
     pub fn tls_route(&self, labels: &RouteLabels) -> Arc<ConnRouteMetrics> {
         self.0.tls_routes.get(labels.labels(), ConnRouteMetrics::default)
+    }
+
+    /// Requests that were sent once more, unseen by the application, because the peer provably had not processed them.
+    pub fn replays(&self, direction: Direction) -> Arc<Counter> {
+        match direction {
+            Direction::Inbound => self.0.replays[0].clone(),
+            Direction::Outbound => self.0.replays[1].clone(),
+        }
     }
 
     /// Requests of a control-plane client, by its configured `name:port` and TLS.

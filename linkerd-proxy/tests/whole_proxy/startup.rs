@@ -11,7 +11,7 @@ use std::{
     process::Command,
     time::{Duration, Instant},
 };
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_linkerd-proxy");
 const WEB: ([u8; 4], u16) = ([10, 96, 0, 10], 80);
@@ -67,10 +67,11 @@ async fn a_connection_without_a_nat_entry_is_dropped_with_a_remedy() {
     world.start(&["server"]).await;
     let started = Instant::now();
     let mut io = pod.connect(([127, 0, 0, 1], 4140).into()).await.unwrap();
+    io.write_all(b"\x01 no HTTP, and nothing says where it should go\n").await.unwrap();
     let mut rest = Vec::new();
     let _ = io.read_to_end(&mut rest).await;
     assert!(rest.is_empty() && started.elapsed() < Duration::from_secs(5));
-    assert!(world.log("server").contains("linkerd-proxy redirect"), "{}", world.log("server"));
+    world.eventually("the remedy is logged", async || world.log("server").contains("linkerd-proxy redirect")).await;
     assert_eq!(world.admin("server", "GET", "/live").await.unwrap().0, 200);
 }
 

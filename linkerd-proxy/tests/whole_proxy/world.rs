@@ -64,13 +64,12 @@ impl World {
         for (key, value) in annotations {
             writeln!(yaml, "    {key}: {value:?}").expect("a string");
         }
-        write!(yaml, "spec:\n  serviceAccountName: {name}\n  containers:\n  - name: app\n    ports:\n")
-            .expect("a string");
+        write!(yaml, "spec:\n  serviceAccountName: {name}\n  containers:\n  - name: app\n").expect("a string");
+        if !ports.is_empty() {
+            yaml.push_str("    ports:\n");
+        }
         for (port_name, port) in ports {
             writeln!(yaml, "    - {{name: {port_name}, containerPort: {port}}}").expect("a string");
-        }
-        if ports.is_empty() {
-            yaml.push_str("    []\n");
         }
         write!(yaml, "status:\n  podIP: {0}\n  podIPs: [{{ip: {0}}}, {{ip: \"{1}\"}}]\n", pod.ip4, pod.ip6)
             .expect("a string");

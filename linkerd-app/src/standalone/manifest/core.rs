@@ -2,7 +2,7 @@
 
 use super::{
     super::{
-        annotations::{Tuning, is_port_name},
+        annotations::{Ports, Tuning, WEIGHT, is_port_name, weight},
         report::{At, Severity},
     },
     Head, Kind, typed,
@@ -388,6 +388,7 @@ pub(super) fn slice(value: &Value, head: Head, at: &mut At<'_>) -> Option<Slice>
             "Set it to the name of the Service",
         );
     }
+    weight_annotation(&head, &mut at.field("metadata"));
     let mut slice = Slice { service, ports: Vec::new(), addresses: Vec::new(), head };
     match address_type.as_str() {
         "IPv4" | "IPv6" => {}
@@ -578,21 +579,20 @@ pub(super) fn pod(value: &Value, head: Head, at: &mut At<'_>) -> Option<Pod> {
     let finished = matches!(status.phase.as_str(), "Succeeded" | "Failed")
         || value["metadata"].get("deletionTimestamp").is_some_and(|t| !t.is_null());
     let ready = is_ready(&status.conditions);
-    if let Some(text) = head.annotation(super::super::annotations::WEIGHT)
-        && let Err(why) = super::super::annotations::weight(text)
-    {
-        at.field("metadata")
-            .field("annotations")
-            .key(super::super::annotations::WEIGHT)
-            .warn(why, "The weight is ignored");
-    }
+    weight_annotation(&head, &mut at.field("metadata"));
     pod_annotations(&head, &mut at.field("metadata"));
     Some(Pod { ips, ready, finished, ..template(head, spec) })
 }
 
-/// Tells bad values of the annotations that this reader uses on Pods (resources.md 5.3).
-fn pod_annotations(head: &Head, at: &mut At<'_>) {
-    use super::super::annotations::Ports;
+/// Tells a bad weight of an endpoint.
+pub(super) fn weight_annotation(head: &Head, at: &mut At<'_>) {
+    if let Some(Err(why)) = head.annotation(WEIGHT).map(weight) {
+        at.field("annotations").key(WEIGHT).warn(why, "The weight is ignored");
+    }
+}
+
+/// Tells bad values of the annotations that this reader uses on Pods and Namespaces (resources.md 5.3).
+pub(super) fn pod_annotations(head: &Head, at: &mut At<'_>) {
     let mut at = at.field("annotations");
     for key in ["opaque-ports", "proxy-require-identity-inbound-ports", "skip-inbound-ports"] {
         let key = format!("config.linkerd.io/{key}");

@@ -29,7 +29,6 @@ const MAX_LIST: usize = 100_000;
 
 /// Kinds that mean something here.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[allow(missing_docs)]
 pub(super) enum Kind {
     Namespace,
     Node,
@@ -282,6 +281,9 @@ fn read_one(value: &Value, api_version: &str, kind_name: &str, cluster: &Arc<str
     let Some(head) = head(value, *namespaced, &mut at) else { return Read { object: None, label, issues } };
     let key = Key { cluster: cluster.clone(), kind: *kind, namespace: head.namespace.clone(), name: head.name.clone() };
     label = key.to_string();
+    if *kind == Kind::Namespace {
+        core::pod_annotations(&head, &mut at.field("metadata"));
+    }
     let object = match kind {
         Kind::Namespace
         | Kind::Node

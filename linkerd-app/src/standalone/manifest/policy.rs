@@ -7,7 +7,7 @@ use super::{
         report::{At, Severity},
     },
     Head, Kind, POLICY, PortRef,
-    core::{RawCondition, is_ready},
+    core::{RawCondition, is_ready, pod_annotations, weight_annotation},
     route::{RawSession, SessionSpec, session},
     typed,
 };
@@ -747,6 +747,8 @@ struct RawStatus {
 pub(super) fn external_workload(value: &Value, head: Head, at: &mut At<'_>) -> Option<ExternalWorkload> {
     let raw: RawExternalWorkload = typed(value, "spec", at)?;
     let status: RawStatus = typed(value, "status", at)?;
+    weight_annotation(&head, &mut at.field("metadata"));
+    pod_annotations(&head, &mut at.field("metadata"));
     let mut at = at.field("spec");
     let tls = raw.mesh_tls;
     let identity = tls.identity.parse::<Id>().map_err(|e| e.to_string());
@@ -1204,12 +1206,12 @@ mod tests {
         };
         let server = "{group: policy.linkerd.io, kind: Server, name: s}";
         let tls = "{group: policy.linkerd.io, kind: MeshTLSAuthentication, name: m}";
-        ap(server, &format!("{tls}, {{group: policy.linkerd.io, kind: NetworkAuthentication, name: n}}"), &[]);
+        ap(server, &format!("{tls}, {{group: policy.linkerd.io, kind: NetworkAuthentication, name: net}}"), &[]);
         ap("{kind: Namespace, name: shop}", "", &[]);
         ap("{kind: Namespace, name: other}", "", &["targetRef.name"]);
         ap("{kind: Pod, name: other}", "", &["targetRef.kind"]);
-        ap(server, &format!("{tls}, {{kind: ServiceAccount, name: n}}"), &["requiredAuthenticationRefs"]);
-        ap(server, "{kind: Secret, name: n}", &["requiredAuthenticationRefs[0].kind"]);
+        ap(server, &format!("{tls}, {{kind: ServiceAccount, name: net}}"), &["requiredAuthenticationRefs"]);
+        ap(server, "{kind: Secret, name: net}", &["requiredAuthenticationRefs[0].kind"]);
 
         spec(
             "MeshTLSAuthentication",

@@ -1183,7 +1183,14 @@ mod tests {
         http("{backendRefs: [{name: a, port: 80, weight: -1}]}", &[&format!("{b}.weight")]);
         http("{backendRefs: [{name: a, port: 80, weight: 1000001}]}", &[&format!("{b}.weight")]);
         http("{backendRefs: [{name: a, kind: Bucket}]}", &[b]);
-        http("{backendRefs: [{port: 80}]}", &[b]);
+        let parent = "parentRefs: [{group: '', kind: Service, name: web}]";
+        assert!(
+            check(
+                &format!("{{{HEAD}, kind: HTTPRoute, spec: {{{parent}, rules: [{{backendRefs: [{{port: 80}}]}}]}}}}"),
+                &[b]
+            )
+            .is_none()
+        );
     }
 
     #[test]
