@@ -45,6 +45,13 @@ enum Command {
         #[arg(long)]
         connections: usize,
     },
+    /// Ask once, and print the answer's body.
+    Fetch {
+        /// Where to connect to.
+        addr: SocketAddr,
+        /// What to ask for.
+        path: String,
+    },
     /// Wait until an address takes connections, or answers 200 for a path.
     Wait {
         /// Where to connect to.
@@ -88,6 +95,7 @@ fn main() -> ExitCode {
         Command::Serve { addrs } => answer(&addrs),
         Command::Load(args) => ask(&args),
         Command::Hold { to, connections } => hold(to, connections),
+        Command::Fetch { addr, path } => fetch(addr, &path),
         Command::Wait { addr, path } => wait(addr, path.as_deref()),
     };
     match result {
@@ -146,6 +154,16 @@ fn hold(to: SocketAddr, connections: usize) -> io::Result<()> {
     let held = load::hold(to, work::HOST, connections)?;
     println!("held {}", held.len());
     io::stdin().read_to_end(&mut Vec::new())?;
+    Ok(())
+}
+
+fn fetch(addr: SocketAddr, path: &str) -> io::Result<()> {
+    let mut io = TcpStream::connect_timeout(&addr, Duration::from_secs(1))?;
+    io.set_read_timeout(Some(Duration::from_secs(5)))?;
+    write!(io, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")?;
+    let mut text = String::new();
+    io.read_to_string(&mut text)?;
+    print!("{}", text.split_once("\r\n\r\n").map_or("", |(_, body)| body));
     Ok(())
 }
 

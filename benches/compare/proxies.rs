@@ -22,8 +22,8 @@ use std::{
 /// Ports of the redirection.
 const OUTBOUND: u16 = 4140;
 const INBOUND: u16 = 4143;
-/// Admin port of this proxy.
-const ADMIN: u16 = 4191;
+/// Admin address of this proxy.
+pub(crate) const ADMIN: &str = "127.0.0.1:4191";
 const NAMESPACE: &str = "shop";
 
 #[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -91,7 +91,7 @@ impl Proxy<'_> {
             let process = Process::start(command.stdout(file.try_clone()?).stderr(file))?;
             let mut wait = pod.command(std::env::current_exe()?);
             match (self.name, side) {
-                (Name::Ours, _) => wait.args(["wait", &format!("127.0.0.1:{ADMIN}"), "/ready"]),
+                (Name::Ours, _) => wait.args(["wait", ADMIN, "/ready"]),
                 (_, Side::Outbound) => wait.args(["wait", &format!("127.0.0.1:{OUTBOUND}")]),
                 (_, Side::Inbound) => wait.args(["wait", &format!("127.0.0.1:{INBOUND}")]),
             };
@@ -124,7 +124,7 @@ impl Proxy<'_> {
                     .env("LINKERD2_PROXY_LOG", "error")
                     .env("LINKERD2_PROXY_INBOUND_LISTEN_ADDR", format!("0.0.0.0:{INBOUND}"))
                     .env("LINKERD2_PROXY_OUTBOUND_LISTEN_ADDRS", format!("127.0.0.1:{OUTBOUND}"))
-                    .env("LINKERD2_PROXY_ADMIN_LISTEN_ADDR", format!("127.0.0.1:{ADMIN}"));
+                    .env("LINKERD2_PROXY_ADMIN_LISTEN_ADDR", ADMIN);
             }
             Name::Haproxy => {
                 command.args(["-db", "-f"]).arg(file("haproxy").with_extension("cfg"));

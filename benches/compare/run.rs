@@ -176,6 +176,22 @@ fn one(
             let measured = load.measure(net, work, to, Some(&pair))?;
             results.works.insert((work.name, proxy.name), measured);
         }
+        if proxy.name == Name::Ours {
+            mutual_tls(net, load.here, &options.out.join(format!("metrics-{mode:?}.txt").to_lowercase()))?;
+        }
+    }
+    Ok(())
+}
+
+/// A measurement without mutual TLS would flatter; so the inbound proxy is asked what it has seen. The metrics are kept.
+fn mutual_tls(net: &Net, here: &Path, file: &Path) -> io::Result<()> {
+    let out = net.server.command(here).args(["fetch", proxies::ADMIN, "/metrics"]).output()?;
+    let text = String::from_utf8_lossy(&out.stdout);
+    fs::write(file, &*text)?;
+    let is_accepted = |l: &&str| l.starts_with("tcp_open_total{direction=\"inbound\",peer=\"src\"");
+    let opened: Vec<_> = text.lines().filter(is_accepted).filter(|l| !l.contains(":4191")).collect();
+    if opened.is_empty() || opened.iter().any(|l| !l.contains("tls=\"true\"")) {
+        return Err(io::Error::other(format!("connections without mutual TLS, or none: {opened:#?}")));
     }
     Ok(())
 }
