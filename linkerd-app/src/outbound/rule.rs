@@ -177,16 +177,19 @@ impl Rule {
             token: self.session.as_ref().and_then(|session| Token::of(session, req.headers())),
             params: &params,
         };
-        let attempts = exchange.attempts(req, route.as_ref(), judge.as_ref());
-        let result = match (exchange.deadline, self.profile_timeout()) {
-            (Some((at, t)), _) => {
-                timeout_at(at, attempts).await.unwrap_or_else(|_| Err(Cause::RequestTimeout(t).into()))
+        let result = {
+            // Pinned here: each of the arms below would otherwise have room for a copy of its own.
+            let mut attempts = std::pin::pin!(exchange.attempts(req, route.as_ref(), judge.as_ref()));
+            match (exchange.deadline, self.profile_timeout()) {
+                (Some((at, t)), _) => {
+                    timeout_at(at, attempts.as_mut()).await.unwrap_or_else(|_| Err(Cause::RequestTimeout(t).into()))
+                }
+                (None, Some(t)) => {
+                    let ended = timeout_at(dispatched + t, attempts.as_mut()).await;
+                    ended.unwrap_or_else(|_| Err(Cause::ProfileTimeout(t).into()))
+                }
+                (None, None) => attempts.as_mut().await,
             }
-            (None, Some(t)) => {
-                let ended = timeout_at(dispatched + t, attempts).await;
-                ended.unwrap_or_else(|_| Err(Cause::ProfileTimeout(t).into()))
-            }
-            (None, None) => attempts.await,
         };
         match result {
             Ok(mut rsp) => {
@@ -440,7 +443,9 @@ impl Exchange<'_> {
         if let Counted::Profile(profile) = &rule.metrics {
             profile.metrics.actual.request();
         }
-        let response = self.dispatch(backend, req, first);
+        // Boxed: the largest of these futures, which every one around it would else contain and copy several times. Earned
+        // by `instructions`, outbound-http1 and outbound-http2.
+        let response = Box::pin(self.dispatch(backend, req, first));
         match limits.headers(dispatched, self.progress.as_ref(), response).await {
             Ok(mut rsp) => {
                 rsp.body_mut().limit(limits.body(self.progress.as_ref()));
