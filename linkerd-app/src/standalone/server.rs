@@ -16,7 +16,7 @@ use crate::{
     policy::{
         Authentication, Authorization, Meta, Network, ServerPolicy,
         authz::Suffix,
-        route::{HttpMatch, PathMatch, RouteMatch},
+        route::{HttpMatch, PathMatch, Precedence, RouteMatch},
         server::{Protocol, RateLimit, RateLimitOverride, Route, Rule},
     },
 };
@@ -89,7 +89,12 @@ impl<'a> Judge<'_, 'a> {
                 tcp: authorizations.into(),
             }
         };
-        ServerPolicy { protocol, meta: Meta::default(policy.as_str()), rate_limit: None }
+        ServerPolicy {
+            protocol,
+            precedence: Precedence::Linkerd,
+            meta: Meta::default(policy.as_str()),
+            rate_limit: None,
+        }
     }
 
     fn of_server(&self, server: &Server) -> ServerPolicy {
@@ -114,6 +119,7 @@ impl<'a> Judge<'_, 'a> {
         };
         ServerPolicy {
             protocol,
+            precedence: self.precedence(server),
             meta: Meta::resource(POLICY, "server", "", &server.head.name, None),
             rate_limit: rate_limit(self.view, self.mesh, &server.head.namespace, |t| {
                 *t == RateLimitTarget::Server(server.head.name.clone())
@@ -147,6 +153,16 @@ impl<'a> Judge<'_, 'a> {
             });
         }
         routes.into()
+    }
+
+    /// One Gateway API route makes its order that of all routes on the Server, as it does on Services.
+    fn precedence(&self, server: &Server) -> Precedence {
+        let head = &server.head;
+        let attached = self.view.routes(ParentKind::Server, &head.namespace, &head.name);
+        match attached.iter().any(|(key, route)| route.gateway && key.namespace == head.namespace) {
+            true => Precedence::GatewayApi,
+            false => Precedence::Linkerd,
+        }
     }
 
     /// The routes on the Server, in order of age. GRPCRoutes count wherever HTTP/2 may arrive.

@@ -672,6 +672,18 @@ spec: {targetRef: {group: policy.linkerd.io, kind: HTTPRoute, name: r}}
     let server::Protocol::Http1(list) = &p.protocol else { panic!() };
     assert_eq!(list.iter().map(|r| r.meta.name()).collect::<Vec<_>>(), ["r"]);
     assert_eq!(authorizations(&p).1, ["on-route", "sa", "ap", "everywhere", "localhost"]);
+    assert_eq!(p.precedence, Precedence::Linkerd);
+    dir.write(
+        "gateway.yaml",
+        "
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: g, namespace: shop}
+spec: {parentRefs: [{group: policy.linkerd.io, kind: Server, name: http}], rules: [{matches: [{path: {value: /y}}]}]}
+",
+    );
+    assert_eq!(s.reload().generation, 3);
+    assert_eq!(watch.borrow().precedence, Precedence::GatewayApi);
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use crate::{
     config,
     error::{Cause, Error},
     http::{
-        Asked, Match, Rescue, best_match,
+        Asked, Rescue, best_match, best_match_at,
         classify::Rule,
         filter::{self, Flow},
         rescue::is_endpoint_level,
@@ -21,11 +21,12 @@ use crate::{
         denial::{Case, Lines},
         limits::Share,
         policy::{self, HttpRoutes, PortRef, Ports, Prepared},
+        readings::readings,
     },
     policy::{
         Source,
         authz::ClientTls,
-        route::Precedence,
+        route::{HostMatch, RouteMatch},
         server::{Protocol, Route},
     },
     telemetry::{
@@ -158,7 +159,7 @@ impl PolicyService {
         };
 
         // Route.
-        let Some(matched) = route(routes, &req) else {
+        let Some(matched) = best_match(candidates(routes), policy.precedence, &req) else {
             resolved.metrics.http_not_found().inc();
             self.guard.lines.no_route(self.conn.client, &resolved.prepared, req.method(), req.uri().path());
             return Err(Cause::NoRoute.into());
@@ -171,6 +172,7 @@ impl PolicyService {
         let decision = slot.get_or_init(|| self.decide(&resolved, route));
         let handles = match decision {
             Decision::Allow { allowed, handles, audit, authz } => {
+                self.permit_readings(&resolved, routes, &req)?;
                 allowed.inc();
                 if *audit {
                     self.guard.lines.audited(self.case(&resolved, Some(route)));
@@ -243,6 +245,28 @@ impl PolicyService {
                 Err(error)
             }
         }
+    }
+
+    /// Demands that the client is let in however the application reads the path.
+    fn permit_readings(&self, resolved: &Resolved, routes: &[Route], req: &Request<Body>) -> Result<(), Error> {
+        let Some(as_read) = &resolved.prepared.readings else { return Ok(()) };
+        let precedence = resolved.prepared.policy.precedence;
+        for path in readings(req.uri().path()) {
+            let context = |cause: Cause| Error::new(cause).context(format!("the path may be read as {path}"));
+            let found = best_match_at(candidates(as_read), precedence, req, &path);
+            let Some((route, slot)) = found.and_then(|m| Some((routes.get(m.route)?, resolved.routes.get(m.route)?)))
+            else {
+                resolved.metrics.http_not_found().inc();
+                self.guard.lines.no_route(self.conn.client, &resolved.prepared, req.method(), &path);
+                return Err(context(Cause::NoRoute));
+            };
+            if let Decision::Deny { denied } = slot.get_or_init(|| self.decide(resolved, route)) {
+                denied.inc();
+                self.guard.lines.denied(Case { read_as: Some(&path), ..self.case(resolved, Some(route)) });
+                return Err(context(Cause::Unauthorized));
+            }
+        }
+        Ok(())
     }
 
     /// The profile of the name that a request is for. Clients ask one connection for one name after the other rather
@@ -373,6 +397,7 @@ impl PolicyService {
             tls: &self.conn.tls,
             server: &resolved.prepared.policy.meta,
             route: route.map(|route| &route.meta),
+            read_as: None,
             authorizations: route.map_or(&[], |route| &route.authorizations),
         }
     }
@@ -399,12 +424,9 @@ impl Resolved {
     }
 }
 
-fn route<B>(routes: &[Route], req: &Request<B>) -> Option<Match> {
-    best_match(
-        routes.iter().map(|route| (&*route.hosts, route.rules.iter().map(|rule| &*rule.matches))),
-        Precedence::Linkerd,
-        req,
-    )
+/// Routes, as they are matched.
+fn candidates(routes: &[Route]) -> impl Iterator<Item = (&[HostMatch], impl Iterator<Item = &[RouteMatch]>)> {
+    routes.iter().map(|route| (&*route.hosts, route.rules.iter().map(|rule| &*rule.matches)))
 }
 
 /// What a request is for: `l5d-dst-canonical` if that is a name, else the authority, else Host.
