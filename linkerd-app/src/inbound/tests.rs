@@ -594,6 +594,11 @@ async fn silence_never_evades_a_policy_for_http() {
         proxy.has("inbound_tcp_errors_total", &["error=\"tls detection timeout\""], 1);
         proxy.has("terminations_total", &["detect-timeout"], 1);
     }
+    // Half a method is no more than silence.
+    let proxy = Proxy::new(app.port(), limited(vec![anybody()], 1));
+    let mut client = proxy.connect(app).await;
+    client.write_all(b"GET ").await.unwrap();
+    assert!(closed(&mut client).await.is_empty());
     // Where the policy is about connections alone, a meshed client may be silent.
     let proxy = Proxy::new(app.port(), detect(vec![meshed()]));
     let mut client = proxy.mesh(app, false).await;

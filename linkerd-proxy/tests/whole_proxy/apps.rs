@@ -167,7 +167,13 @@ pub(crate) async fn read(rsp: Response<Incoming>) -> Result<Answer, hyper::Error
 
 /// Reads exactly as many bytes as the text has, within a few seconds.
 pub(crate) async fn expect_text(io: &mut (impl AsyncReadExt + Unpin), text: &str) {
-    let mut buf = vec![0; text.len()];
+    expect_bytes(io, text.as_bytes()).await;
+}
+
+/// Reads exactly these bytes, within a few seconds.
+pub(crate) async fn expect_bytes(io: &mut (impl AsyncReadExt + Unpin), bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let mut buf = vec![0; bytes.len()];
     tokio::time::timeout(Duration::from_secs(5), io.read_exact(&mut buf))
         .await
         .unwrap_or_else(|_| panic!("{text:?} did not come"))

@@ -7,6 +7,7 @@ mod policy;
 mod protocols;
 mod reload;
 mod routing;
+mod smuggling;
 mod startup;
 mod wire;
 mod world;
