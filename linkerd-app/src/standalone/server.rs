@@ -2,7 +2,7 @@
 
 use super::{
     Mesh,
-    annotations::{OPAQUE_PORTS, Ports},
+    annotations::{OPAQUE_PORTS, Pairs, Ports},
     index::View,
     manifest::{
         AuthorizationTarget, Identities, Key, Kind, POLICY, ParentKind, Principal, ProxyProtocol, RateLimitTarget,
@@ -33,6 +33,38 @@ pub(super) fn policy(view: &View<'_>, mesh: &Mesh, workload: &Workload, port: u1
     }
 }
 
+/// The Server of a port: the oldest that selects the workload and names the port.
+fn server<'a>(
+    view: &View<'a>,
+    namespace: &Arc<str>,
+    kind: WorkloadKind,
+    labels: &Pairs,
+    port: u16,
+    port_name: Option<&str>,
+) -> Option<&'a Server> {
+    view.servers(namespace).into_iter().find(|s| {
+        let selected = match (&s.subjects, kind) {
+            (Subjects::Pods(selector), WorkloadKind::Pod) | (Subjects::Workloads(selector), WorkloadKind::External) => {
+                selector.matches(labels)
+            }
+            _ => false,
+        };
+        selected && s.port.is(port, port_name)
+    })
+}
+
+/// Whether a Server makes a port of a workload opaque. Clients must know: its proxy does not look for TLS there.
+pub(super) fn is_opaque(
+    view: &View<'_>,
+    namespace: &Arc<str>,
+    kind: WorkloadKind,
+    labels: &Pairs,
+    port: u16,
+    port_name: Option<&str>,
+) -> bool {
+    server(view, namespace, kind, labels, port, port_name).is_some_and(|s| s.protocol == ProxyProtocol::Opaque)
+}
+
 struct Judge<'v, 'a> {
     view: &'v View<'a>,
     mesh: &'v Mesh,
@@ -45,16 +77,9 @@ impl<'a> Judge<'_, 'a> {
         self.workload.ports.iter().find(|p| p.0 == self.port)?.1.as_deref()
     }
 
-    /// The Server of the port: the oldest that selects the workload and names the port.
     fn server(&self) -> Option<&'a Server> {
-        self.view.servers(&self.workload.namespace).into_iter().find(|s| {
-            let selected = match (&s.subjects, self.workload.kind) {
-                (Subjects::Pods(selector), WorkloadKind::Pod)
-                | (Subjects::Workloads(selector), WorkloadKind::External) => selector.matches(&self.workload.labels),
-                _ => false,
-            };
-            selected && s.port.is(self.port, self.port_name())
-        })
+        let Workload { namespace, kind, labels, .. } = self.workload;
+        server(self.view, namespace, *kind, labels, self.port, self.port_name())
     }
 
     fn ports(&self, key: &str) -> Option<Ports> {

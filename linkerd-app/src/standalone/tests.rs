@@ -230,6 +230,23 @@ async fn opaque_ports_go_through_the_peers_inbound_port() {
 }
 
 #[tokio::test]
+async fn clients_know_that_a_server_makes_a_port_opaque() {
+    let server = |protocol: &str| {
+        format!(
+            "{{apiVersion: policy.linkerd.io/v1beta3, kind: Server, metadata: {{name: s, namespace: shop}}, spec: {{podSelector: {{matchLabels: {{app: web}}}}, port: 8080, proxyProtocol: {protocol}}}}}"
+        )
+    };
+    let (dir, s) = with(WEB);
+    let transport = async |s: &Standalone| replicas(s, WEB_KEY).await[0].meta.opaque_transport_port;
+    assert_eq!(transport(&s).await, None);
+    for (protocol, expected) in [("opaque", Some(4143)), ("HTTP/1", None), ("opaque", Some(4143))] {
+        dir.write("server.yaml", &server(protocol));
+        s.reload();
+        assert_eq!(transport(&s).await, expected, "{protocol}");
+    }
+}
+
+#[tokio::test]
 async fn readiness_hints_and_families_choose_replicas() {
     let slice = |name: &str, family: &str, endpoints: &str| {
         format!(
