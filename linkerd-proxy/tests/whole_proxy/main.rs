@@ -2,6 +2,8 @@
 //! as uid 2102, between real clients and servers. Needs root, iproute2 and iptables; says so where it must skip.
 
 mod apps;
+mod gateway;
+mod inbound;
 mod net;
 mod policy;
 mod protocols;
