@@ -1063,6 +1063,31 @@ spec: {trafficPolicy: Allow, networks: [{cidr: 10.2.0.0/16}]}
 apiVersion: example.com/v1
 kind: Thing
 metadata: {name: t}
+---
+apiVersion: policy.linkerd.io/v1beta3
+kind: Server
+metadata: {name: raw}
+spec: {podSelector: {}, port: 90, proxyProtocol: opaque}
+---
+apiVersion: policy.linkerd.io/v1beta1
+kind: ServerAuthorization
+metadata: {name: sa}
+spec: {server: {name: gone}, client: {unauthenticated: true}}
+---
+apiVersion: policy.linkerd.io/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: on-route}
+spec: {targetRef: {group: gateway.networking.k8s.io, kind: HTTPRoute, name: gone}, requiredAuthenticationRefs: []}
+---
+apiVersion: policy.linkerd.io/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: on-server}
+spec: {targetRef: {group: policy.linkerd.io, kind: Server, name: raw}, requiredAuthenticationRefs: []}
+---
+apiVersion: policy.linkerd.io/v1alpha1
+kind: HTTPLocalRateLimitPolicy
+metadata: {name: l}
+spec: {targetRef: {group: policy.linkerd.io, kind: Server, name: raw}, total: {requestsPerSecond: 1}}
 ",
     )]);
     let report = check(std::slice::from_ref(&dir.0));
@@ -1080,6 +1105,9 @@ metadata: {name: t}
             warning(4, "spec.rules[0].backendRefs[0]"),
             warning(5, "spec.requiredAuthenticationRefs[0]"),
             warning(6, "spec.networks"),
+            warning(9, "spec.server.name"),
+            warning(10, "spec.targetRef"),
+            warning(12, "spec.targetRef"),
             (Severity::Note, 7, ""),
         ],
         "{report}"
