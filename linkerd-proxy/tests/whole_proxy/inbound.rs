@@ -465,3 +465,36 @@ async fn the_proxys_own_port_is_for_other_proxies() {
     }
     assert!(site.world.log("server").contains("must come from another meshed proxy"));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn default_policies_of_ports_without_a_server() {
+    let Some(mut world) = World::new("defaults") else { return };
+    let friend = world.meshed("friend", &[], &[]);
+    let stranger = world.plain("stranger", &[]);
+    world.start(&["friend"]).await;
+    // Who is let in: meshed, not meshed.
+    let policies = [
+        ("deny", FORBIDDEN, FORBIDDEN),
+        ("all-authenticated", OK, FORBIDDEN),
+        ("all-unauthenticated", OK, OK),
+        ("cluster-authenticated", OK, FORBIDDEN),
+        ("cluster-unauthenticated", OK, OK),
+        ("audit", OK, OK),
+    ];
+    for (policy, meshed, plain) in policies {
+        let annotation = [("config.linkerd.io/default-inbound-policy", policy)];
+        let server = world.meshed(policy, &[("http", 8080), ("tcp", 9000)], &annotation);
+        world.start(&[policy]).await;
+        let _apps = [apps::http(&server, 8080, "server")];
+        let _tcp = apps::tcp_echo(&server, 9000);
+        for (who, expected) in [(&friend, meshed), (&stranger, plain)] {
+            let answer = apps::get(who, server.addr(8080), "/", &[]).await;
+            assert_eq!(answer.expect("an answer").status, expected, "{policy}: {}", who.name);
+            let back = apps::send_bytes(who, server.addr(9000), b"\0x").await;
+            assert_eq!(back == b"\0x", expected == OK, "{policy}: {}", who.name);
+        }
+        assert_eq!(world.log(policy).contains("allowed by audit mode"), policy == "audit", "{policy}");
+        world.terminate(policy);
+        world.exit_code(policy).await;
+    }
+}
