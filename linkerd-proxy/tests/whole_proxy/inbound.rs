@@ -403,15 +403,33 @@ async fn a_changed_policy_is_felt_by_open_connections() {
         apps::read(send.send_request(req).await.unwrap()).await.unwrap().status
     };
     assert_eq!((get(&mut friend_http).await, get(&mut foe_http).await), (OK, OK));
+    let tunnel = async |who: &Pod| {
+        let mut send = apps::http1(who, site.server.addr(8081)).await;
+        let req = http::Request::get("/chat").header("host", "web.shop").header("connection", "upgrade");
+        let req = req.header("upgrade", "websocket").body(http_body_util::Full::default()).unwrap();
+        let rsp = send.send_request(req).await.unwrap();
+        assert_eq!(rsp.status(), StatusCode::SWITCHING_PROTOCOLS);
+        let mut io = hyper_util::rt::TokioIo::new(hyper::upgrade::on(rsp).await.unwrap());
+        io.write_all(b"one").await.unwrap();
+        apps::expect_text(&mut io, "one").await;
+        io
+    };
+    let (mut friend_tunnel, mut foe_tunnel) = (tunnel(&site.friend).await, tunnel(&site.foe).await);
 
     site.world.manifest("policy", &deny("friend"));
     let mut rest = Vec::new();
     let ended = tokio::time::timeout(Duration::from_secs(20), foe_tcp.read_to_end(&mut rest)).await;
     assert!(ended.is_ok() && rest.is_empty(), "the connection must end: {rest:?}\n{}", site.world.logs());
+    let ended = tokio::time::timeout(Duration::from_secs(20), foe_tunnel.read_to_end(&mut rest)).await;
+    assert!(ended.is_ok() && rest.is_empty(), "the tunnel must end: {rest:?}\n{}", site.world.logs());
     assert_eq!((get(&mut friend_http).await, get(&mut foe_http).await), (OK, FORBIDDEN));
     friend_tcp.write_all(b"\0two").await.unwrap();
     apps::expect_text(&mut friend_tcp, "\0two").await;
-    assert_eq!(site.world.metric("server", "inbound_tcp_authz_terminate_total", &["srv_name=\"opaque\""]).await, 1.0);
+    friend_tunnel.write_all(b"two").await.unwrap();
+    apps::expect_text(&mut friend_tunnel, "two").await;
+    for server in ["srv_name=\"opaque\"", "srv_name=\"h1\""] {
+        assert_eq!(site.world.metric("server", "inbound_tcp_authz_terminate_total", &[server]).await, 1.0, "{server}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

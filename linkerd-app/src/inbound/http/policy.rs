@@ -34,10 +34,14 @@ use crate::{
         Telemetry, access::AccessLog, termination::Phase,
     },
 };
-use ::http::{Request, Response};
+use ::http::{Method, Request, Response};
 use arc_swap::{ArcSwap, ArcSwapOption};
-use linkerd_stack::{BoxService, http::Body};
+use linkerd_stack::{
+    BoxService,
+    http::{Body, normalize, upgrade::Until},
+};
 use std::{
+    future::pending,
     net::SocketAddr,
     sync::{Arc, OnceLock},
 };
@@ -218,6 +222,13 @@ impl PolicyService {
                 rule = classes.unwrap_or(rule);
             }
         }
+        let upgrade = (req.method() == Method::CONNECT || normalize::is_upgrade(&req)).then(|| {
+            let mut head = Request::new(());
+            *head.method_mut() = req.method().clone();
+            *head.uri_mut() = req.uri().clone();
+            *head.headers_mut() = req.headers().clone();
+            head
+        });
         let (parts, body) = req.into_parts();
         let (observed, body) = observe::request(handles, rule, body);
         let rsp = match self.inner.send(Request::from_parts(parts, body)).await {
@@ -238,6 +249,10 @@ impl PolicyService {
         match rsp {
             Ok(mut rsp) => {
                 filter::on_response(filters, rsp.headers_mut(), &follow_up);
+                if let Some(head) = upgrade {
+                    let (guard, conn) = (self.guard.clone(), self.conn.clone());
+                    rsp.extensions_mut().insert(Until::new(revoked(guard, conn, head)));
+                }
                 Ok(observed.response(rsp, asked.grpc.then_some(rescue)))
             }
             Err(error) => {
@@ -420,6 +435,44 @@ impl Resolved {
             share: prepared.limits.as_ref().map(|limits| limits.share(conn.tls.client_id())),
             routes: (0..routes).map(|_| OnceLock::new()).collect(),
             prepared,
+        }
+    }
+}
+
+/// Ends when a tunnel that a request opened would not be opened any more.
+async fn revoked(guard: Arc<Guard>, conn: Connection, head: Request<()>) {
+    let mut changes = conn.port.changes();
+    loop {
+        let policy = changes.borrow_and_update().clone();
+        let route = match policy::http(&policy) {
+            HttpRoutes::Routes(routes) => {
+                best_match(candidates(routes), policy.precedence, &head).and_then(|found| routes.get(found.route))
+            }
+            HttpRoutes::Invalid(_) => None,
+        };
+        let authorizations = route.map_or(&[][..], |route| &route.authorizations);
+        if !authorizations.iter().any(|authz| authz.permits(conn.client.ip(), &conn.tls)) {
+            let labels = ServerLabels {
+                target: conn.target,
+                srv: policy.meta.clone(),
+                srv_port: conn.port.number(),
+                tls: conn.tls.clone(),
+            };
+            guard.telemetry.inbound_server(labels).tcp_terminate().inc();
+            guard.telemetry.terminated(Direction::Inbound, Code::PolicyRevoked);
+            guard.lines.terminated(Case {
+                client: conn.client,
+                tls: &conn.tls,
+                server: &policy.meta,
+                route: route.map(|route| &route.meta),
+                read_as: None,
+                authorizations,
+            });
+            return;
+        }
+        if changes.changed().await.is_err() {
+            // The source is gone; its last word stays in force.
+            return pending().await;
         }
     }
 }
