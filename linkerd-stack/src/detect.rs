@@ -107,22 +107,53 @@ where
 }
 
 /// What the first bytes of a connection say; none while they are too few.
+///
+/// A request line with mistakes that some server might overlook is HTTP, so that it is refused as such: whoever writes
+/// two blanks for one must not get an opaque connection, and with it a way around the routes.
 pub fn classify(bytes: &[u8]) -> Option<Detected> {
-    if bytes.len() < ENOUGH && may_become_http(bytes) {
+    if bytes.starts_with(H2_PREFACE) {
+        return Some(Detected::H2);
+    }
+    let sloppy = sloppy_http1(bytes);
+    if sloppy == Some(true) || (bytes.len() >= ENOUGH && is_http1(bytes)) {
+        return Some(Detected::H1);
+    }
+    let undecided = sloppy.is_none() || may_become_http(bytes);
+    if bytes.len() < ENOUGH && undecided || bytes.len() < MAX_PEEK && sloppy.is_none() {
         return None;
     }
-    Some(if bytes.starts_with(H2_PREFACE) {
-        Detected::H2
-    } else if bytes.len() >= ENOUGH && is_http1(bytes) {
-        Detected::H1
-    } else {
-        Detected::NotHttp
-    })
+    Some(Detected::NotHttp)
 }
 
 fn may_become_http(bytes: &[u8]) -> bool {
     let begins_method = |method: &&[u8]| bytes.starts_with(method) || method.starts_with(bytes);
     H2_PREFACE.starts_with(bytes) || (METHODS.iter().any(begins_method) && is_http1(bytes))
+}
+
+/// Whether bytes begin with a method and an HTTP target (a path or an absolute URI), however they are set apart; none
+/// while more bytes might tell. Empty lines before it don't count (RFC 9112 section 2.2). No other protocol in common
+/// use begins like that.
+fn sloppy_http1(bytes: &[u8]) -> Option<bool> {
+    let start = bytes.iter().position(|b| !matches!(b, b'\r' | b'\n'))?;
+    let bytes = &bytes[start..];
+    let is_blank = |b: &u8| matches!(b, b' ' | b'\t' | 0x0b | 0x0c);
+    let name = bytes.iter().position(is_blank).unwrap_or(bytes.len());
+    if !METHODS.iter().any(|method| match name == bytes.len() {
+        true => method.starts_with(&bytes[..name]),
+        false => method.trim_ascii_end() == &bytes[..name],
+    }) {
+        return Some(false);
+    }
+    let target = name + bytes[name..].iter().position(|b| !is_blank(b))?;
+    let target = &bytes[target..];
+    const URIS: [&[u8]; 3] = [b"/", b"http://", b"https://"];
+    let longer = URIS.iter().any(|uri| target.len() < uri.len() && uri[..target.len()].eq_ignore_ascii_case(target));
+    let begins = |uri: &&[u8]| target.get(..uri.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(uri));
+    match URIS.iter().any(begins) {
+        true => Some(true),
+        false if longer => None,
+        false => Some(false),
+    }
 }
 
 /// Whether nothing in the bytes contradicts an HTTP/1 request. Without room for headers the parser stops after the
@@ -167,14 +198,16 @@ mod tests {
         check(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", H2);
         check(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03abcdefgh", NotHttp);
         check(b"SET key value of redis\r\n", NotHttp);
-        check(b"GET / HTTP/3.9\r\n\r\n", NotHttp);
+        check(b"GET http-like-key-of-redis\r\n", NotHttp);
     }
 
     #[test]
     fn few_bytes_wait_only_if_they_may_become_http() {
         check(b"", None);
         check(b"G", None);
-        check(b"GET / H", None);
+        check(b"GET ", None);
+        check(b"GET  ", None);
+        check(b"\r\nGE", None);
         check(b"PRI * HT", None);
         check(b"P", None);
         check(b"PRI x", NotHttp);
@@ -185,17 +218,36 @@ mod tests {
         check(b"GET \x00", NotHttp);
     }
 
+    #[test]
+    fn sloppy_requests_are_http_that_will_be_refused() {
+        for bytes in [
+            &b"GET /"[..],
+            b"GET / HTTP/3.9\r\n\r\n",
+            b"GET  / HTTP/1.1\r\n",
+            b"GET\t/ HTTP/1.1\r\n",
+            b"GET /a b HTTP/1.1\r\n",
+            b"GET /\r\n",
+            b"\r\n\n\r\nPOST \t HTTP://a",
+        ] {
+            check(bytes, H1);
+        }
+        check(&[&b"GET"[..], &[b' '; 500]].concat(), None);
+        check(&[&b"GET"[..], &[b' '; MAX_PEEK]].concat(), NotHttp);
+        check(b"GET ttp://a b\r\n", NotHttp);
+        check(b"get /", NotHttp);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_client_that_dribbles_is_not_misjudged() {
         let (mut far, mut near) = tokio::io::duplex(64);
         let mut buf = BytesMut::new();
-        for piece in [&b"G"[..], b"ET ", b"/ HTTP/"] {
+        for piece in [&b"G"[..], b"ET ", b" ", b"\t"] {
             far.write_all(piece).await.unwrap();
             assert!(http(&mut near, TIMEOUT, &mut buf).now_or_never().is_none());
         }
-        far.write_all(b"1.1\r\n").await.unwrap();
+        far.write_all(b"/ HTTP/1.1\r\n").await.unwrap();
         assert_eq!(http(&mut near, TIMEOUT, &mut buf).await.unwrap(), H1);
-        assert_eq!(&buf[..], b"GET / HTTP/1.1\r\n");
+        assert_eq!(&buf[..], b"GET  \t/ HTTP/1.1\r\n");
     }
 
     #[tokio::test(start_paused = true)]

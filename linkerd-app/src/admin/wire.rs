@@ -8,6 +8,7 @@ use crate::{
     policy::{
         Meta, ServerPolicy,
         authz::{Authentication, Authorization, Network},
+        route::Precedence,
         server::{Protocol, Route},
         source::{DiscoveryError, Resolution, Source, Target},
     },
@@ -46,7 +47,7 @@ impl Source for Fixed {
 fn policy(authorizations: Vec<Authorization>) -> Arc<ServerPolicy> {
     let http = Arc::from([Route::implicit(authorizations)]);
     let protocol = Protocol::Detect { timeout: Duration::from_secs(10), http, tcp: Arc::from([]) };
-    Arc::new(ServerPolicy { protocol, meta: Meta::default("test"), rate_limit: None })
+    Arc::new(ServerPolicy { protocol, precedence: Precedence::Linkerd, meta: Meta::default("test"), rate_limit: None })
 }
 
 fn anybody() -> Authorization {

@@ -4,6 +4,7 @@ use crate::{
     config::{DefaultPolicy, Inbound},
     policy::{
         Authentication, Authorization, Meta, Network, ServerPolicy,
+        route::Precedence,
         server::{Protocol, Route},
     },
 };
@@ -15,7 +16,12 @@ pub fn server_policy(config: &Inbound, port: u16) -> ServerPolicy {
     let cluster = || config.cluster_networks.iter().copied().map(Network::new).collect();
     let (networks, authentication) = match config.default_policy {
         DefaultPolicy::Deny => {
-            return ServerPolicy { protocol: Protocol::Opaque(Arc::new([])), meta, rate_limit: None };
+            return ServerPolicy {
+                protocol: Protocol::Opaque(Arc::new([])),
+                precedence: Precedence::Linkerd,
+                meta,
+                rate_limit: None,
+            };
         }
         DefaultPolicy::AllAuthenticated => (Network::all(), Authentication::any_identity()),
         DefaultPolicy::AllUnauthenticated | DefaultPolicy::Audit => (Network::all(), Authentication::Unauthenticated),
@@ -30,7 +36,7 @@ pub fn server_policy(config: &Inbound, port: u16) -> ServerPolicy {
     } else {
         Protocol::Detect { timeout: config.detect_timeout, http: Arc::new([Route::implicit(vec![authorization])]), tcp }
     };
-    ServerPolicy { protocol, meta, rate_limit: None }
+    ServerPolicy { protocol, precedence: Precedence::Linkerd, meta, rate_limit: None }
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ pub mod route;
 
 pub use self::{
     rescue::{Answer, Asked, Rescue},
-    route::{Match, best_match},
+    route::{Match, best_match, best_match_at},
 };
 
 use http::{HeaderMap, header::CONTENT_TYPE};

@@ -43,7 +43,27 @@ pub fn best_match<'a, R, B>(
 where
     R: IntoIterator<Item = &'a [RouteMatch]>,
 {
-    let subject = Subject::new(req, precedence);
+    best(routes, &Subject::new(req, precedence))
+}
+
+/// As [`best_match`], for a path other than that of the request.
+pub fn best_match_at<'a, R, B>(
+    routes: impl IntoIterator<Item = (&'a [HostMatch], R)>,
+    precedence: Precedence,
+    req: &Request<B>,
+    path: &str,
+) -> Option<Match>
+where
+    R: IntoIterator<Item = &'a [RouteMatch]>,
+{
+    best(routes, &Subject { path, ..Subject::new(req, precedence) })
+}
+
+fn best<'a, R>(routes: impl IntoIterator<Item = (&'a [HostMatch], R)>, subject: &Subject<'_>) -> Option<Match>
+where
+    R: IntoIterator<Item = &'a [RouteMatch]>,
+{
+    let precedence = subject.precedence;
     let mut best: Option<((usize, usize), Rank, Match)> = None;
     for (route, (hosts, rules)) in routes.into_iter().enumerate() {
         let Some(host) = subject.hosts(hosts) else { continue };

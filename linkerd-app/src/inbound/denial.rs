@@ -37,6 +37,8 @@ pub(super) struct Case<'a> {
     pub server: &'a Meta,
     /// The route; none for connections.
     pub route: Option<&'a Meta>,
+    /// The path, where the application may read it in another way than it is written.
+    pub read_as: Option<&'a str>,
     /// What was compared.
     pub authorizations: &'a [Authorization],
 }
@@ -61,7 +63,7 @@ impl Lines {
         if let Some(suppressed) = self.admit() {
             tracing::info!(
                 client = %case.client, tls = %Tls(case.tls), server = %case.server,
-                route = case.route.map(tracing::field::display), suppressed,
+                route = case.route.map(tracing::field::display), read_as = case.read_as, suppressed,
                 "denied: {}", Reasons(case),
             );
         }
@@ -166,7 +168,7 @@ mod tests {
     fn check(authorizations: &[Authorization], tls: &ClientTls, expected: &str) {
         let server = Meta::default("all-authenticated");
         let client = SocketAddr::from(([10, 1, 0, 7], 4321));
-        let case = Case { client, tls, server: &server, route: None, authorizations };
+        let case = Case { client, tls, server: &server, route: None, read_as: None, authorizations };
         assert_eq!(Reasons(case).to_string(), expected);
     }
 

@@ -118,27 +118,22 @@ async fn look<I: Io>(
             tracing::debug!(client = %conn.client, target = %conn.target, "the application spoke first: opaque");
             Ok(Protocol::Opaque(first, io, Some(app)))
         }
-        // It stopped in the middle of what might have been HTTP.
-        First::Timeout if !first.is_empty() => {
-            done(Detected::NotHttp);
-            Ok(Protocol::Opaque(first, io, None))
-        }
         First::Timeout | First::Client(Err(DetectError::Timeout(_))) => {
-            done(Detected::ReadTimeout);
-            silence(conn, io, timeout)
+            done(if first.is_empty() { Detected::ReadTimeout } else { Detected::NotHttp });
+            silence(conn, first, io, timeout)
         }
     }
 }
 
-/// What becomes of a client that said nothing, by the policy now in force.
-fn silence<I>(conn: &Conn, io: I, timeout: Duration) -> Result<Protocol<I>, Error> {
+/// What becomes of a client that said nothing, or stopped in the middle of what may be HTTP, by the policy now in force.
+fn silence<I>(conn: &Conn, first: Bytes, io: I, timeout: Duration) -> Result<Protocol<I>, Error> {
     let now = conn.port.current();
     let client = conn.client.ip();
     if let server::Protocol::Http1(_) = now.policy.protocol {
-        return Ok(Protocol::Http(Version::H1, PrefixedIo::new(Bytes::new(), io)));
+        return Ok(Protocol::Http(Version::H1, PrefixedIo::new(first, io)));
     }
     if permit_tcp(&now.policy, client, &conn.tls).is_some() && !depends_on_http(&now.policy, client, &conn.tls) {
-        return Ok(Protocol::Opaque(Bytes::new(), io, None));
+        return Ok(Protocol::Opaque(first, io, None));
     }
     Err(silent(timeout))
 }

@@ -24,7 +24,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -55,6 +55,7 @@ struct Dial {
     connect: config::Connect,
     backoff: Backoff,
     failfast: Duration,
+    queue: usize,
     own_port: u16,
     metrics: Arc<ConnMetrics>,
 }
@@ -63,6 +64,8 @@ struct Dial {
 pub(super) struct Local {
     client: Client<To>,
     gate: Arc<Gate>,
+    /// Most requests that wait for a connection (LINKERD2_PROXY_INBOUND_HTTP_QUEUE_CAPACITY).
+    queue: usize,
 }
 
 /// A local address in use; while one of these lives, its connections are kept.
@@ -84,6 +87,24 @@ struct To {
 struct Gate {
     shut: AtomicBool,
     state: Mutex<Shut>,
+    /// Requests that came while there was no connection and have no answer yet.
+    queued: AtomicUsize,
+}
+
+/// Counts one while it lives.
+struct Counted<'a>(&'a AtomicUsize);
+
+impl<'a> Counted<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 #[derive(Debug, Default)]
@@ -110,6 +131,7 @@ impl Locals {
                 connect: cfg.connect.clone(),
                 backoff,
                 failfast: cfg.queue.failfast_timeout,
+                queue: cfg.queue.capacity,
                 own_port: cfg.listen.addr.port(),
                 metrics: telemetry.conn(labels),
             }),
@@ -133,7 +155,7 @@ impl Locals {
         self.clients.get_or_insert_with(addr, |_| {
             let gate = Arc::new(Gate::default());
             let to = To { addr, dial: self.dial.clone(), gate: gate.clone() };
-            Local { client: Client::new(self.http.clone(), to, false), gate }
+            Local { client: Client::new(self.http.clone(), to, false), gate, queue: self.dial.queue }
         })
     }
 }
@@ -220,10 +242,17 @@ impl Local {
     /// # Errors
     /// As the application failed, or at once while connecting to it keeps failing.
     pub(super) async fn send(&self, req: Request<Body>) -> Result<Response<Body>, Error> {
-        if req.version() == ::http::Version::HTTP_2 && !self.gate.admits() {
-            return Err(Cause::LoadShed.into());
-        }
         let version = req.version();
+        let mut queued = None;
+        if version == ::http::Version::HTTP_2 {
+            if !self.gate.admits() {
+                return Err(Cause::LoadShed.into());
+            }
+            if !self.client.is_connected() {
+                queued = Some(self.gate.enqueue(self.queue)?);
+            }
+        }
+        let _queued = queued;
         self.client.send(req).await.map_err(|error| failure(error, version))
     }
 }
@@ -263,6 +292,16 @@ impl Gate {
                 state.retry_at = Some(now + PROBE);
                 true
             }
+        }
+    }
+
+    /// A place among the requests that wait for a connection.
+    fn enqueue(&self, capacity: usize) -> Result<Counted<'_>, Error> {
+        let place = Counted::new(&self.queued);
+        match self.queued.load(Ordering::Relaxed) > capacity {
+            true => Err(Error::new(Cause::LoadShed)
+                .context("too many requests wait for the application (LINKERD2_PROXY_INBOUND_HTTP_QUEUE_CAPACITY)")),
+            false => Ok(place),
         }
     }
 
@@ -310,7 +349,7 @@ mod tests {
             backoff: crate::policy::client::Backoff { min: BACKOFF.min, max: BACKOFF.max, jitter: 0.0 },
         };
         let failfast = Duration::from_secs(1);
-        let dial = Dial { connect, backoff: BACKOFF, failfast, own_port, metrics: Arc::default() };
+        let dial = Dial { connect, backoff: BACKOFF, failfast, queue: 10, own_port, metrics: Arc::default() };
         To { addr, dial: Arc::new(dial), gate: Arc::default() }
     }
 

@@ -13,6 +13,7 @@ mod limits;
 mod local;
 mod opaque;
 pub mod policy;
+mod readings;
 mod tls;
 
 #[cfg(test)]

@@ -206,7 +206,14 @@ async fn revoked(inbound: &Inbound, conn: &Conn, changes: &mut watch::Receiver<A
 }
 
 fn case<'a>(conn: &'a Conn, policy: &'a ServerPolicy) -> Case<'a> {
-    Case { client: conn.client, tls: &conn.tls, server: &policy.meta, route: None, authorizations: tcp(policy) }
+    Case {
+        client: conn.client,
+        tls: &conn.tls,
+        server: &policy.meta,
+        route: None,
+        read_as: None,
+        authorizations: tcp(policy),
+    }
 }
 
 fn server_labels(conn: &Conn, policy: &ServerPolicy) -> ServerLabels {

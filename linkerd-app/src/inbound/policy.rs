@@ -3,7 +3,7 @@
 //! A port is watched from its first connection until it was idle for the configured time; the ports named in the
 //! configuration are watched from the start and never forgotten (contract.md 1.3).
 
-use super::limits::Limits;
+use super::{limits::Limits, readings};
 use crate::policy::{
     Authorization, ServerPolicy, Source,
     authz::ClientTls,
@@ -42,6 +42,8 @@ pub struct Prepared {
     pub policy: Arc<ServerPolicy>,
     /// Its rate limits; fresh ones only when the limits themselves changed.
     pub limits: Option<Arc<Limits>>,
+    /// The routes, for paths that can be read in several ways; none if no path matters.
+    pub(super) readings: Option<Arc<[Route]>>,
 }
 
 /// What HTTP requests to a port meet.
@@ -166,7 +168,11 @@ impl Prepared {
             Some(kept) if *kept.policy() == **wanted => kept,
             _ => Arc::new(Limits::new(wanted.clone())),
         });
-        Self { policy, limits }
+        let readings = match http(&policy) {
+            HttpRoutes::Routes(routes) => readings::routes(routes),
+            HttpRoutes::Invalid(_) => None,
+        };
+        Self { policy, limits, readings }
     }
 }
 
@@ -217,6 +223,7 @@ pub(super) mod tests {
         Authentication, ClientPolicy, DiscoveryError, Meta, Network, Resolution, Target,
         authz::NoTls,
         client::Profile,
+        route::Precedence,
         server::{RateLimit, Rule},
     };
     use futures_util::future::BoxFuture;
@@ -299,7 +306,7 @@ pub(super) mod tests {
 
     pub(crate) fn server(protocol: Protocol) -> ServerPolicy {
         let meta = Meta::resource("policy.linkerd.io", "server", "ns", "srv", None);
-        ServerPolicy { protocol, meta, rate_limit: None }
+        ServerPolicy { protocol, precedence: Precedence::Linkerd, meta, rate_limit: None }
     }
 
     pub(crate) const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 1, 0, 7));

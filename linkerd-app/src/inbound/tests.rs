@@ -9,7 +9,7 @@ use crate::{
         authz::{ClientTls, NoTls},
         client::{Backoff, Profile, ProfileRoute, RequestCondition, ResponseCondition},
         endpoint::Http2Params,
-        route::{Filter, HeaderModifier, HttpMatch, PathMatch, Redirect, RouteMatch},
+        route::{Filter, HeaderModifier, HttpFailure, HttpMatch, PathMatch, Ratio, Redirect, RouteMatch},
         server::{Protocol, RateLimit, Route, Rule},
     },
     transport::{TransportHeader, header::Session},
@@ -387,6 +387,60 @@ async fn routes_have_filters_of_their_own() {
 }
 
 #[tokio::test]
+async fn a_path_must_be_permitted_in_every_reading() {
+    let app = echo().await;
+    let guarded = |path: &str, authz| Route { rules: vec![rule(path, vec![])], ..Route::implicit(vec![authz]) };
+    let routes = vec![guarded("/", anybody()), guarded("/admin", meshed())];
+    let proxy = Proxy::new(app.port(), routed(routes));
+    let mut plain = H1::new(proxy.connect(app).await).await;
+    let mut mesh = H1::new(proxy.mesh(app, false).await).await;
+    for path in
+        ["/admin", "/%61dmin/x", "//admin", "/a/../admin", "/a/%2e%2E/admin", "/a%2F..%5cadmin", "/a/..;x/admin"]
+    {
+        assert_eq!(plain.get(path, &[]).await.status, 403, "{path}");
+        let rsp = mesh.get(path, &[]).await;
+        assert_eq!(rsp.status, 200, "{path}");
+        assert!(rsp.body.contains(path), "the application gets what was sent: {}", rsp.body);
+    }
+    for path in ["/administrator", "/a%20b//c;d/./e", "/x/admin", "/%2561dmin"] {
+        assert_eq!(plain.get(path, &[]).await.status, 200, "{path}");
+    }
+
+    proxy.source.set(app.port(), routed(vec![guarded("/public", anybody()), guarded("/%40me", anybody())]));
+    tokio::task::yield_now().await;
+    for (path, status) in
+        [("/public/a%2fb", 200), ("/public/./a", 200), ("/%40me", 200), ("/public/../admin", 404), ("/admin", 404)]
+    {
+        assert_eq!(plain.get(path, &[]).await.status, status, "{path}");
+    }
+    proxy.has("inbound_http_route_not_found_total", &["srv_name=\"srv\""], 2);
+}
+
+#[tokio::test]
+async fn failures_are_injected_in_their_ratio() {
+    let app = echo().await;
+    let fail = |numerator, denominator| {
+        let ratio = Ratio::new(numerator, denominator).unwrap();
+        vec![Filter::HttpFailure(HttpFailure { status: StatusCode::IM_A_TEAPOT, message: "on purpose".into(), ratio })]
+    };
+    let rules = vec![rule("/always", fail(1, 1)), rule("/never", fail(0, 5)), rule("/half", fail(1, 2))];
+    let proxy = Proxy::new(app.port(), routed(vec![Route { rules, ..Route::implicit(vec![anybody()]) }]));
+    let mut client = H1::new(proxy.mesh(app, false).await).await;
+    let rsp = client.get("/always", &[]).await;
+    assert_eq!(
+        (rsp.status, &rsp.headers["l5d-proxy-error"]),
+        (StatusCode::IM_A_TEAPOT, &"on purpose".parse().unwrap())
+    );
+    let mut failed = 0;
+    for _ in 0..200 {
+        assert_eq!(client.get("/never", &[]).await.status, 200);
+        failed += u32::from(client.get("/half", &[]).await.status == StatusCode::IM_A_TEAPOT);
+    }
+    // 100 expected; six standard deviations (7.1 each) on both sides.
+    assert!((57..=143).contains(&failed), "{failed} of 200");
+}
+
+#[tokio::test]
 async fn too_many_requests_are_told_when_to_come_again() {
     let app = echo().await;
     let proxy = Proxy::new(app.port(), limited(vec![anybody()], 2));
@@ -430,7 +484,10 @@ async fn a_dead_application_is_a_bad_gateway() {
 #[tokio::test]
 async fn http_2_to_a_dead_application_waits_then_fails_fast() {
     let app = nobody().await;
-    let proxy = Proxy::new(app.port(), detect(vec![anybody()]));
+    let mut cfg = config();
+    // Longer than the test: otherwise a slow machine sees the probe after it.
+    (cfg.connect.backoff.min, cfg.connect.backoff.max) = (Duration::from_secs(60), Duration::from_secs(60));
+    let proxy = Proxy::with(app.port(), detect(vec![anybody()]), cfg, None);
     let get = async || {
         let mut client = h2(proxy.connect(app).await).await;
         client.send_request(h2_get("/").body(Body::empty()).unwrap()).await.unwrap().status()
@@ -441,6 +498,23 @@ async fn http_2_to_a_dead_application_waits_then_fails_fast() {
     assert_eq!(get().await, 503);
     proxy.has("inbound_http_errors_total", &["error=\"failfast\""], 1);
     proxy.has("inbound_http_errors_total", &["error=\"loadshed\""], 1);
+}
+
+#[tokio::test]
+async fn requests_that_wait_for_the_application_are_bounded() {
+    let app = nobody().await;
+    let proxy = Proxy::new(app.port(), detect(vec![anybody()]));
+    let mut client = h2(proxy.connect(app).await).await;
+    let sent: Vec<_> = (0..40).map(|_| client.send_request(h2_get("/").body(Body::empty()).unwrap())).collect();
+    let mut statuses = [0; 2];
+    for sent in sent {
+        match sent.await.unwrap().status().as_u16() {
+            504 => statuses[0] += 1,
+            503 => statuses[1] += 1,
+            other => panic!("{other}"),
+        }
+    }
+    assert_eq!(statuses, [config().queue.capacity, 30], "{statuses:?}");
 }
 
 #[tokio::test]
@@ -520,6 +594,11 @@ async fn silence_never_evades_a_policy_for_http() {
         proxy.has("inbound_tcp_errors_total", &["error=\"tls detection timeout\""], 1);
         proxy.has("terminations_total", &["detect-timeout"], 1);
     }
+    // Half a method is no more than silence.
+    let proxy = Proxy::new(app.port(), limited(vec![anybody()], 1));
+    let mut client = proxy.connect(app).await;
+    client.write_all(b"GET ").await.unwrap();
+    assert!(closed(&mut client).await.is_empty());
     // Where the policy is about connections alone, a meshed client may be silent.
     let proxy = Proxy::new(app.port(), detect(vec![meshed()]));
     let mut client = proxy.mesh(app, false).await;

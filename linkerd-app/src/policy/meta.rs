@@ -104,7 +104,11 @@ impl fmt::Display for Meta {
         match self {
             Self::Default { name } => write!(f, "default.{name}"),
             Self::Resource(r) => {
-                write!(f, "{}.{}.{}", r.kind, r.namespace, r.name)?;
+                // The resources of a server's policy come without their namespace: it is that of the workload.
+                match &*r.namespace {
+                    "" => write!(f, "{}.{}", r.kind, r.name)?,
+                    namespace => write!(f, "{}.{namespace}.{}", r.kind, r.name)?,
+                }
                 if let Some(port) = r.port {
                     write!(f, ":{port}")?;
                 }
@@ -122,6 +126,7 @@ mod tests {
     fn display_is_what_error_headers_carry() {
         let svc = Meta::resource("core", "Service", "ns", "web", Some(80));
         assert_eq!(svc.to_string(), "Service.ns.web:80");
+        assert_eq!(Meta::resource("policy.linkerd.io", "server", "", "web", None).to_string(), "server.web");
         assert_eq!(Meta::default("http").to_string(), "default.http");
     }
 }

@@ -3,7 +3,7 @@
 use super::{
     Meta,
     authz::Authorization,
-    route::{HostMatch, RouteMatch},
+    route::{HostMatch, Precedence, RouteMatch},
 };
 use linkerd_tls::Id;
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
@@ -13,6 +13,8 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 pub struct ServerPolicy {
     /// How to speak on the port, and who may.
     pub protocol: Protocol,
+    /// Which of the routes wins when several match a request.
+    pub precedence: Precedence,
     /// The Server, or the default policy, that says so.
     pub meta: Meta,
     /// Limits on HTTP requests.

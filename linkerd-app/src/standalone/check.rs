@@ -6,7 +6,10 @@ use super::{
     client::is_outside,
     files::{Files, Folder},
     index::{Index, View},
-    manifest::{BackendKind, FilterSpec, Key, Object, ParentKind, Requirement, Route, RouteKind, ServiceKind},
+    manifest::{
+        AuthorizationTarget, BackendKind, FilterSpec, Key, Kind, Object, ParentKind, ProxyProtocol, RateLimitTarget,
+        Requirement, Route, RouteKind, ServerRef, ServiceKind,
+    },
     report::{Finding, Report, Severity},
 };
 use std::{net::IpAddr, path::PathBuf, sync::Arc};
@@ -66,7 +69,37 @@ fn across(index: &Index, mesh: &Mesh, files: &Files) -> Vec<Finding> {
                     ));
                 }
             }
+            Object::ServerAuthorization(authorization) => {
+                if let ServerRef::Name(name) = &authorization.server {
+                    missing(&view, key, Kind::Server, name, "spec.server.name", &mut problems);
+                }
+            }
+            Object::RateLimit(limit) => {
+                if let RateLimitTarget::Server(name) = &limit.target {
+                    missing(&view, key, Kind::Server, name, "spec.targetRef", &mut problems);
+                    let protocol = match view.object(&key.cluster, Kind::Server, &key.namespace, name).map(|o| &**o) {
+                        Some(Object::Server(server)) => Some(server.protocol),
+                        _ => None,
+                    };
+                    if let Some(ProxyProtocol::Opaque | ProxyProtocol::Tls) = protocol {
+                        problems.push((
+                            "spec.targetRef".into(),
+                            format!("Server {}/{name} is opaque or TLS: it has no requests to limit", key.namespace),
+                            "Declare the protocol of the Server, or remove the limit",
+                        ));
+                    }
+                }
+            }
             Object::AuthorizationPolicy(policy) => {
+                match &policy.target {
+                    AuthorizationTarget::Server(name) => {
+                        missing(&view, key, Kind::Server, name, "spec.targetRef", &mut problems);
+                    }
+                    AuthorizationTarget::Route(kind, name) => {
+                        missing(&view, key, *kind, name, "spec.targetRef", &mut problems);
+                    }
+                    AuthorizationTarget::Namespace => {}
+                }
                 for (i, requirement) in policy.requires.iter().enumerate() {
                     let (kind, namespace, name, there) = match requirement {
                         Requirement::MeshTls { namespace, name } => {
@@ -135,12 +168,7 @@ fn across(index: &Index, mesh: &Mesh, files: &Files) -> Vec<Finding> {
     }
     for (ip, services) in index.contested() {
         for (namespace, name) in services.iter().skip(1) {
-            let key = Key {
-                cluster: "".into(),
-                kind: super::manifest::Kind::Service,
-                namespace: namespace.clone(),
-                name: name.clone(),
-            };
+            let key = Key { cluster: "".into(), kind: Kind::Service, namespace: namespace.clone(), name: name.clone() };
             let why = format!("{ip} belongs to the older Service {}/{}", services[0].0, services[0].1);
             out.push(locate(files, &key, "spec.clusterIP".into(), why, "Give each Service its own address"));
         }
@@ -163,6 +191,14 @@ fn locate(files: &Files, key: &Key, field: String, why: String, remedy: &str) ->
 }
 
 type Problems = Vec<(String, String, &'static str)>;
+
+/// Notes a target in the object's own namespace that is not there.
+fn missing(view: &View<'_>, key: &Key, kind: Kind, name: &Arc<str>, field: &str, problems: &mut Problems) {
+    if view.object(&key.cluster, kind, &key.namespace, name).is_none() {
+        let why = format!("there is no {} {}/{name}, so this has no effect", kind.name(), key.namespace);
+        problems.push((field.into(), why, "Add it, or correct the reference"));
+    }
+}
 
 fn of_route(view: &View<'_>, key: &Key, route: &Route, problems: &mut Problems) {
     for (i, parent) in route.parents.iter().enumerate() {

@@ -9,7 +9,8 @@ use super::{
     annotations::{OPAQUE_PORTS, Ports, TRANSPORT_MODE, WEIGHT, weight},
     index::{Dep, Index, View},
     manifest::{Address, ExternalWorkload, Key, Kind, Object, Pod, PortRef, Service, ServicePort, SlicePort},
-    workload::{self, Workload},
+    server,
+    workload::{self, Workload, WorkloadKind},
 };
 use crate::policy::{
     Endpoint, Update,
@@ -584,6 +585,10 @@ pub(super) fn describe(
         own.or_else(|| view.namespace_annotation(cluster, &head.namespace, key).map(str::to_string))
     };
     let ports = |head: &super::manifest::Head, key: &str| annotation(head, key).and_then(|t| Ports::parse(&t).ok());
+    let declared_opaque = |namespace: &Arc<str>, kind, labels: &super::annotations::Pairs, name: Option<&str>| {
+        // Other clusters' Servers are not known.
+        cluster.is_empty() && server::is_opaque(view, namespace, kind, labels, port, name)
+    };
     let mut inbound = INBOUND_PORT;
     let (mut opaque, mut skipped, mut direct) = (false, false, false);
     match target {
@@ -604,6 +609,7 @@ pub(super) fn describe(
             let name = pod.port_name(port);
             opaque = ports(head, OPAQUE_PORTS)
                 .map_or_else(|| mesh.settings.opaque_ports.contains(&port), |p| p.contains(port, name));
+            opaque |= declared_opaque(&head.namespace, WorkloadKind::Pod, &head.labels, name);
             skipped = ports(head, "config.linkerd.io/skip-inbound-ports").is_some_and(|p| p.contains(port, name));
             if let Some(p) = annotation(head, "config.linkerd.io/inbound-port").and_then(|t| t.parse().ok()) {
                 inbound = p;
@@ -630,6 +636,7 @@ pub(super) fn describe(
             let name = w.port_name(port);
             opaque = ports(&w.head, OPAQUE_PORTS)
                 .map_or_else(|| mesh.settings.opaque_ports.contains(&port), |p| p.contains(port, name));
+            opaque |= declared_opaque(&w.head.namespace, WorkloadKind::External, &w.head.labels, name);
             if let Some((p, _)) = w.ports.iter().find(|(_, n)| n.as_deref() == Some("linkerd-proxy")) {
                 inbound = *p;
             }

@@ -2,7 +2,7 @@
 
 use super::{
     Mesh,
-    annotations::{OPAQUE_PORTS, Ports},
+    annotations::{OPAQUE_PORTS, Pairs, Ports},
     index::View,
     manifest::{
         AuthorizationTarget, Identities, Key, Kind, POLICY, ParentKind, Principal, ProxyProtocol, RateLimitTarget,
@@ -16,7 +16,7 @@ use crate::{
     policy::{
         Authentication, Authorization, Meta, Network, ServerPolicy,
         authz::Suffix,
-        route::{HttpMatch, PathMatch, RouteMatch},
+        route::{HttpMatch, PathMatch, Precedence, RouteMatch},
         server::{Protocol, RateLimit, RateLimitOverride, Route, Rule},
     },
 };
@@ -33,6 +33,38 @@ pub(super) fn policy(view: &View<'_>, mesh: &Mesh, workload: &Workload, port: u1
     }
 }
 
+/// The Server of a port: the oldest that selects the workload and names the port.
+fn server<'a>(
+    view: &View<'a>,
+    namespace: &Arc<str>,
+    kind: WorkloadKind,
+    labels: &Pairs,
+    port: u16,
+    port_name: Option<&str>,
+) -> Option<&'a Server> {
+    view.servers(namespace).into_iter().find(|s| {
+        let selected = match (&s.subjects, kind) {
+            (Subjects::Pods(selector), WorkloadKind::Pod) | (Subjects::Workloads(selector), WorkloadKind::External) => {
+                selector.matches(labels)
+            }
+            _ => false,
+        };
+        selected && s.port.is(port, port_name)
+    })
+}
+
+/// Whether a Server makes a port of a workload opaque. Clients must know: its proxy does not look for TLS there.
+pub(super) fn is_opaque(
+    view: &View<'_>,
+    namespace: &Arc<str>,
+    kind: WorkloadKind,
+    labels: &Pairs,
+    port: u16,
+    port_name: Option<&str>,
+) -> bool {
+    server(view, namespace, kind, labels, port, port_name).is_some_and(|s| s.protocol == ProxyProtocol::Opaque)
+}
+
 struct Judge<'v, 'a> {
     view: &'v View<'a>,
     mesh: &'v Mesh,
@@ -45,16 +77,9 @@ impl<'a> Judge<'_, 'a> {
         self.workload.ports.iter().find(|p| p.0 == self.port)?.1.as_deref()
     }
 
-    /// The Server of the port: the oldest that selects the workload and names the port.
     fn server(&self) -> Option<&'a Server> {
-        self.view.servers(&self.workload.namespace).into_iter().find(|s| {
-            let selected = match (&s.subjects, self.workload.kind) {
-                (Subjects::Pods(selector), WorkloadKind::Pod)
-                | (Subjects::Workloads(selector), WorkloadKind::External) => selector.matches(&self.workload.labels),
-                _ => false,
-            };
-            selected && s.port.is(self.port, self.port_name())
-        })
+        let Workload { namespace, kind, labels, .. } = self.workload;
+        server(self.view, namespace, *kind, labels, self.port, self.port_name())
     }
 
     fn ports(&self, key: &str) -> Option<Ports> {
@@ -89,7 +114,12 @@ impl<'a> Judge<'_, 'a> {
                 tcp: authorizations.into(),
             }
         };
-        ServerPolicy { protocol, meta: Meta::default(policy.as_str()), rate_limit: None }
+        ServerPolicy {
+            protocol,
+            precedence: Precedence::Linkerd,
+            meta: Meta::default(policy.as_str()),
+            rate_limit: None,
+        }
     }
 
     fn of_server(&self, server: &Server) -> ServerPolicy {
@@ -114,6 +144,7 @@ impl<'a> Judge<'_, 'a> {
         };
         ServerPolicy {
             protocol,
+            precedence: self.precedence(server),
             meta: Meta::resource(POLICY, "server", "", &server.head.name, None),
             rate_limit: rate_limit(self.view, self.mesh, &server.head.namespace, |t| {
                 *t == RateLimitTarget::Server(server.head.name.clone())
@@ -147,6 +178,16 @@ impl<'a> Judge<'_, 'a> {
             });
         }
         routes.into()
+    }
+
+    /// One Gateway API route makes its order that of all routes on the Server, as it does on Services.
+    fn precedence(&self, server: &Server) -> Precedence {
+        let head = &server.head;
+        let attached = self.view.routes(ParentKind::Server, &head.namespace, &head.name);
+        match attached.iter().any(|(key, route)| route.gateway && key.namespace == head.namespace) {
+            true => Precedence::GatewayApi,
+            false => Precedence::Linkerd,
+        }
     }
 
     /// The routes on the Server, in order of age. GRPCRoutes count wherever HTTP/2 may arrive.

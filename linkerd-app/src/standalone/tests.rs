@@ -230,6 +230,23 @@ async fn opaque_ports_go_through_the_peers_inbound_port() {
 }
 
 #[tokio::test]
+async fn clients_know_that_a_server_makes_a_port_opaque() {
+    let server = |protocol: &str| {
+        format!(
+            "{{apiVersion: policy.linkerd.io/v1beta3, kind: Server, metadata: {{name: s, namespace: shop}}, spec: {{podSelector: {{matchLabels: {{app: web}}}}, port: 8080, proxyProtocol: {protocol}}}}}"
+        )
+    };
+    let (dir, s) = with(WEB);
+    let transport = async |s: &Standalone| replicas(s, WEB_KEY).await[0].meta.opaque_transport_port;
+    assert_eq!(transport(&s).await, None);
+    for (protocol, expected) in [("opaque", Some(4143)), ("HTTP/1", None), ("opaque", Some(4143))] {
+        dir.write("server.yaml", &server(protocol));
+        s.reload();
+        assert_eq!(transport(&s).await, expected, "{protocol}");
+    }
+}
+
+#[tokio::test]
 async fn readiness_hints_and_families_choose_replicas() {
     let slice = |name: &str, family: &str, endpoints: &str| {
         format!(
@@ -672,6 +689,18 @@ spec: {targetRef: {group: policy.linkerd.io, kind: HTTPRoute, name: r}}
     let server::Protocol::Http1(list) = &p.protocol else { panic!() };
     assert_eq!(list.iter().map(|r| r.meta.name()).collect::<Vec<_>>(), ["r"]);
     assert_eq!(authorizations(&p).1, ["on-route", "sa", "ap", "everywhere", "localhost"]);
+    assert_eq!(p.precedence, Precedence::Linkerd);
+    dir.write(
+        "gateway.yaml",
+        "
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: g, namespace: shop}
+spec: {parentRefs: [{group: policy.linkerd.io, kind: Server, name: http}], rules: [{matches: [{path: {value: /y}}]}]}
+",
+    );
+    assert_eq!(s.reload().generation, 3);
+    assert_eq!(watch.borrow().precedence, Precedence::GatewayApi);
 }
 
 #[tokio::test]
@@ -1034,6 +1063,31 @@ spec: {trafficPolicy: Allow, networks: [{cidr: 10.2.0.0/16}]}
 apiVersion: example.com/v1
 kind: Thing
 metadata: {name: t}
+---
+apiVersion: policy.linkerd.io/v1beta3
+kind: Server
+metadata: {name: raw}
+spec: {podSelector: {}, port: 90, proxyProtocol: opaque}
+---
+apiVersion: policy.linkerd.io/v1beta1
+kind: ServerAuthorization
+metadata: {name: sa}
+spec: {server: {name: gone}, client: {unauthenticated: true}}
+---
+apiVersion: policy.linkerd.io/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: on-route}
+spec: {targetRef: {group: gateway.networking.k8s.io, kind: HTTPRoute, name: gone}, requiredAuthenticationRefs: []}
+---
+apiVersion: policy.linkerd.io/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: on-server}
+spec: {targetRef: {group: policy.linkerd.io, kind: Server, name: raw}, requiredAuthenticationRefs: []}
+---
+apiVersion: policy.linkerd.io/v1alpha1
+kind: HTTPLocalRateLimitPolicy
+metadata: {name: l}
+spec: {targetRef: {group: policy.linkerd.io, kind: Server, name: raw}, total: {requestsPerSecond: 1}}
 ",
     )]);
     let report = check(std::slice::from_ref(&dir.0));
@@ -1051,6 +1105,9 @@ metadata: {name: t}
             warning(4, "spec.rules[0].backendRefs[0]"),
             warning(5, "spec.requiredAuthenticationRefs[0]"),
             warning(6, "spec.networks"),
+            warning(9, "spec.server.name"),
+            warning(10, "spec.targetRef"),
+            warning(12, "spec.targetRef"),
             (Severity::Note, 7, ""),
         ],
         "{report}"

@@ -80,6 +80,7 @@ async fn answer(name: &'static str, mut req: Request<Incoming>) -> Result<Respon
     }
     let version = format!("{:?}", req.version());
     let client = req.headers().get("l5d-client-id").cloned();
+    let test = req.headers().get("x-test").cloned();
     let grpc = req.headers().get("content-type").is_some_and(|v| v == "application/grpc");
     let text = format!("{name} {} {path}", req.method());
     let sent = req.into_body().collect().await.map(|b| b.to_bytes()).unwrap_or_default();
@@ -96,6 +97,9 @@ async fn answer(name: &'static str, mut req: Request<Incoming>) -> Result<Respon
     rsp.headers_mut().insert("x-version", version.parse().unwrap());
     if let Some(client) = client {
         rsp.headers_mut().insert("x-client-id", client);
+    }
+    if let Some(test) = test {
+        rsp.headers_mut().insert("x-seen-test", test);
     }
     Ok(rsp)
 }
@@ -142,6 +146,35 @@ pub(crate) async fn http2(pod: &Pod, addr: SocketAddr) -> http2::SendRequest<Ful
     send
 }
 
+/// One gRPC call on a connection of its own: its HTTP status and `grpc-status`, wherever that was.
+pub(crate) async fn grpc(pod: &Pod, addr: SocketAddr, path: &str) -> (StatusCode, String) {
+    let mut send = http2(pod, addr).await;
+    let req = Request::post(format!("http://web.shop{path}"))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .body(Full::new(Bytes::from_static(b"\0\0\0\0\x02hi")));
+    let answer = read(send.send_request(req.unwrap()).await.expect("an answer")).await.expect("a whole answer");
+    let status = answer.headers.get("grpc-status").or_else(|| answer.trailers.get("grpc-status"));
+    (answer.status, status.map_or_else(String::new, |s| s.to_str().unwrap_or_default().to_string()))
+}
+
+/// Sends bytes on a connection of its own: what comes back until as many bytes came, or the connection ended.
+pub(crate) async fn send_bytes(pod: &Pod, addr: SocketAddr, bytes: &[u8]) -> Vec<u8> {
+    let mut io = pod.connect(addr).await.expect("a connection");
+    let _ = io.write_all(bytes).await;
+    let mut back = Vec::new();
+    let read = async {
+        while back.len() < bytes.len() {
+            match io.read_buf(&mut back).await {
+                Ok(n) if n > 0 => {}
+                _ => break,
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(15), read).await.expect("an answer or an end");
+    back
+}
+
 /// One GET on a connection of its own.
 pub(crate) async fn get(
     pod: &Pod,
@@ -167,7 +200,13 @@ pub(crate) async fn read(rsp: Response<Incoming>) -> Result<Answer, hyper::Error
 
 /// Reads exactly as many bytes as the text has, within a few seconds.
 pub(crate) async fn expect_text(io: &mut (impl AsyncReadExt + Unpin), text: &str) {
-    let mut buf = vec![0; text.len()];
+    expect_bytes(io, text.as_bytes()).await;
+}
+
+/// Reads exactly these bytes, within a few seconds.
+pub(crate) async fn expect_bytes(io: &mut (impl AsyncReadExt + Unpin), bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let mut buf = vec![0; bytes.len()];
     tokio::time::timeout(Duration::from_secs(5), io.read_exact(&mut buf))
         .await
         .unwrap_or_else(|_| panic!("{text:?} did not come"))

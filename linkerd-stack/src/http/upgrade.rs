@@ -4,14 +4,19 @@
 
 use super::body::Body;
 use crate::{
-    copy, drain,
+    BoxFuture, copy, drain,
     io::{BoxedIo, Io},
 };
 use http::{Method, Request, Response, StatusCode, header};
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
-use std::{io, sync::Arc};
+use std::{
+    future::{Future, pending},
+    io,
+    sync::Arc,
+};
+use tokio::select;
 
 /// Response extension: the stream that the client's connection is joined to. For services that answer CONNECT (or an
 /// upgrade) themselves instead of forwarding it.
@@ -26,6 +31,24 @@ impl Tunnel {
 
     fn take(&self) -> Option<BoxedIo> {
         self.0.lock().take()
+    }
+}
+
+/// Response extension: the joined connections are closed when this future ends.
+#[derive(Clone)]
+pub struct Until(Arc<Mutex<Option<BoxFuture<()>>>>);
+
+impl Until {
+    /// Until `end` ends. It is dropped with the connections.
+    pub fn new(end: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self(Arc::new(Mutex::new(Some(Box::pin(end)))))
+    }
+
+    async fn ended(this: Option<Self>) {
+        match this.and_then(|this| this.0.lock().take()) {
+            Some(end) => end.await,
+            None => pending().await,
+        }
     }
 }
 
@@ -67,10 +90,16 @@ pub(super) fn join<B: Default>(rsp: &mut Response<B>, requested: Option<Requeste
     rsp.headers_mut().remove(header::CONTENT_LENGTH);
     rsp.headers_mut().remove(header::TRANSFER_ENCODING);
     *rsp.body_mut() = B::default();
+    let until = rsp.extensions_mut().remove::<Until>();
     tokio::spawn(async move {
         let _working = drain;
-        if let Err(error) = splice(on, far).await {
-            tracing::debug!(%error, "upgraded connection failed");
+        select! {
+            spliced = splice(on, far) => {
+                if let Err(error) = spliced {
+                    tracing::debug!(%error, "upgraded connection failed");
+                }
+            }
+            () = Until::ended(until) => {}
         }
     });
     true

@@ -4,7 +4,7 @@ use super::{Inside, Invalid, duration, list, meta, non_empty, optional, required
 use crate::policy::{
     Authentication, Authorization, Meta, Network, ServerPolicy,
     authz::Suffix,
-    route::Filter,
+    route::{Filter, Precedence},
     server::{Protocol, RateLimit, RateLimitOverride, Route, Rule},
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -25,13 +25,14 @@ pub(crate) fn server(message: api::Server) -> Result<ServerPolicy, Invalid> {
     let (protocol, rate_limit) = required("protocol", protocol, |protocol| {
         required("kind", protocol.kind, |kind| self::protocol(kind, &authorizations))
     })?;
-    Ok(ServerPolicy { protocol, meta, rate_limit: rate_limit.map(Arc::new) })
+    Ok(ServerPolicy { protocol, precedence: Precedence::Linkerd, meta, rate_limit: rate_limit.map(Arc::new) })
 }
 
 /// What stands in for a policy that could not be understood.
 pub(crate) fn invalid(why: &Invalid, labels: &std::collections::HashMap<String, String>) -> ServerPolicy {
     ServerPolicy {
         protocol: Protocol::Invalid(format!("invalid server configuration: {why}").into()),
+        precedence: Precedence::Linkerd,
         meta: meta::labels(labels, "policy.linkerd.io", "server").unwrap_or_else(|_| Meta::default("invalid")),
         rate_limit: None,
     }

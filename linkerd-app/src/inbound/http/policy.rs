@@ -12,7 +12,7 @@ use crate::{
     config,
     error::{Cause, Error},
     http::{
-        Asked, Match, Rescue, best_match,
+        Asked, Rescue, best_match, best_match_at,
         classify::Rule,
         filter::{self, Flow},
         rescue::is_endpoint_level,
@@ -21,11 +21,12 @@ use crate::{
         denial::{Case, Lines},
         limits::Share,
         policy::{self, HttpRoutes, PortRef, Ports, Prepared},
+        readings::readings,
     },
     policy::{
         Source,
         authz::ClientTls,
-        route::Precedence,
+        route::{HostMatch, RouteMatch},
         server::{Protocol, Route},
     },
     telemetry::{
@@ -33,10 +34,14 @@ use crate::{
         Telemetry, access::AccessLog, termination::Phase,
     },
 };
-use ::http::{Request, Response};
+use ::http::{Method, Request, Response};
 use arc_swap::{ArcSwap, ArcSwapOption};
-use linkerd_stack::{BoxService, http::Body};
+use linkerd_stack::{
+    BoxService,
+    http::{Body, normalize, upgrade::Until},
+};
 use std::{
+    future::pending,
     net::SocketAddr,
     sync::{Arc, OnceLock},
 };
@@ -158,7 +163,7 @@ impl PolicyService {
         };
 
         // Route.
-        let Some(matched) = route(routes, &req) else {
+        let Some(matched) = best_match(candidates(routes), policy.precedence, &req) else {
             resolved.metrics.http_not_found().inc();
             self.guard.lines.no_route(self.conn.client, &resolved.prepared, req.method(), req.uri().path());
             return Err(Cause::NoRoute.into());
@@ -171,6 +176,7 @@ impl PolicyService {
         let decision = slot.get_or_init(|| self.decide(&resolved, route));
         let handles = match decision {
             Decision::Allow { allowed, handles, audit, authz } => {
+                self.permit_readings(&resolved, routes, &req)?;
                 allowed.inc();
                 if *audit {
                     self.guard.lines.audited(self.case(&resolved, Some(route)));
@@ -216,6 +222,13 @@ impl PolicyService {
                 rule = classes.unwrap_or(rule);
             }
         }
+        let upgrade = (req.method() == Method::CONNECT || normalize::is_upgrade(&req)).then(|| {
+            let mut head = Request::new(());
+            *head.method_mut() = req.method().clone();
+            *head.uri_mut() = req.uri().clone();
+            *head.headers_mut() = req.headers().clone();
+            head
+        });
         let (parts, body) = req.into_parts();
         let (observed, body) = observe::request(handles, rule, body);
         let rsp = match self.inner.send(Request::from_parts(parts, body)).await {
@@ -236,6 +249,10 @@ impl PolicyService {
         match rsp {
             Ok(mut rsp) => {
                 filter::on_response(filters, rsp.headers_mut(), &follow_up);
+                if let Some(head) = upgrade {
+                    let (guard, conn) = (self.guard.clone(), self.conn.clone());
+                    rsp.extensions_mut().insert(Until::new(revoked(guard, conn, head)));
+                }
                 Ok(observed.response(rsp, asked.grpc.then_some(rescue)))
             }
             Err(error) => {
@@ -243,6 +260,28 @@ impl PolicyService {
                 Err(error)
             }
         }
+    }
+
+    /// Demands that the client is let in however the application reads the path.
+    fn permit_readings(&self, resolved: &Resolved, routes: &[Route], req: &Request<Body>) -> Result<(), Error> {
+        let Some(as_read) = &resolved.prepared.readings else { return Ok(()) };
+        let precedence = resolved.prepared.policy.precedence;
+        for path in readings(req.uri().path()) {
+            let context = |cause: Cause| Error::new(cause).context(format!("the path may be read as {path}"));
+            let found = best_match_at(candidates(as_read), precedence, req, &path);
+            let Some((route, slot)) = found.and_then(|m| Some((routes.get(m.route)?, resolved.routes.get(m.route)?)))
+            else {
+                resolved.metrics.http_not_found().inc();
+                self.guard.lines.no_route(self.conn.client, &resolved.prepared, req.method(), &path);
+                return Err(context(Cause::NoRoute));
+            };
+            if let Decision::Deny { denied } = slot.get_or_init(|| self.decide(resolved, route)) {
+                denied.inc();
+                self.guard.lines.denied(Case { read_as: Some(&path), ..self.case(resolved, Some(route)) });
+                return Err(context(Cause::Unauthorized));
+            }
+        }
+        Ok(())
     }
 
     /// The profile of the name that a request is for. Clients ask one connection for one name after the other rather
@@ -373,6 +412,7 @@ impl PolicyService {
             tls: &self.conn.tls,
             server: &resolved.prepared.policy.meta,
             route: route.map(|route| &route.meta),
+            read_as: None,
             authorizations: route.map_or(&[], |route| &route.authorizations),
         }
     }
@@ -399,12 +439,47 @@ impl Resolved {
     }
 }
 
-fn route<B>(routes: &[Route], req: &Request<B>) -> Option<Match> {
-    best_match(
-        routes.iter().map(|route| (&*route.hosts, route.rules.iter().map(|rule| &*rule.matches))),
-        Precedence::Linkerd,
-        req,
-    )
+/// Ends when a tunnel that a request opened would not be opened any more.
+async fn revoked(guard: Arc<Guard>, conn: Connection, head: Request<()>) {
+    let mut changes = conn.port.changes();
+    loop {
+        let policy = changes.borrow_and_update().clone();
+        let route = match policy::http(&policy) {
+            HttpRoutes::Routes(routes) => {
+                best_match(candidates(routes), policy.precedence, &head).and_then(|found| routes.get(found.route))
+            }
+            HttpRoutes::Invalid(_) => None,
+        };
+        let authorizations = route.map_or(&[][..], |route| &route.authorizations);
+        if !authorizations.iter().any(|authz| authz.permits(conn.client.ip(), &conn.tls)) {
+            let labels = ServerLabels {
+                target: conn.target,
+                srv: policy.meta.clone(),
+                srv_port: conn.port.number(),
+                tls: conn.tls.clone(),
+            };
+            guard.telemetry.inbound_server(labels).tcp_terminate().inc();
+            guard.telemetry.terminated(Direction::Inbound, Code::PolicyRevoked);
+            guard.lines.terminated(Case {
+                client: conn.client,
+                tls: &conn.tls,
+                server: &policy.meta,
+                route: route.map(|route| &route.meta),
+                read_as: None,
+                authorizations,
+            });
+            return;
+        }
+        if changes.changed().await.is_err() {
+            // The source is gone; its last word stays in force.
+            return pending().await;
+        }
+    }
+}
+
+/// Routes, as they are matched.
+fn candidates(routes: &[Route]) -> impl Iterator<Item = (&[HostMatch], impl Iterator<Item = &[RouteMatch]>)> {
+    routes.iter().map(|route| (&*route.hosts, route.rules.iter().map(|rule| &*rule.matches)))
 }
 
 /// What a request is for: `l5d-dst-canonical` if that is a name, else the authority, else Host.

@@ -62,6 +62,10 @@ impl<C: Connect> Http2<C> {
         }
     }
 
+    pub(super) fn is_connected(&self) -> bool {
+        self.conns.load().iter().any(|conn| !conn.sender.is_closed())
+    }
+
     pub(super) async fn send(
         self: &Arc<Self>,
         req: Request<Body>,

@@ -154,6 +154,11 @@ impl<C: Connect> Client<C> {
         self.0.ready.clone()
     }
 
+    /// Whether an HTTP/2 connection is open, so that HTTP/2 requests need not wait for one.
+    pub fn is_connected(&self) -> bool {
+        self.0.h2.is_connected()
+    }
+
     /// Sends a request in its version, and yields the head of the response. Dropping the future resets the stream or
     /// closes the connection.
     ///
