@@ -21,7 +21,7 @@ const ROUNDS: usize = 20;
 const EVENTS: u32 = 1_000_000;
 
 fn telemetry() -> Telemetry {
-    Telemetry::new(config::Metrics { retain_idle: Duration::from_secs(600) })
+    Telemetry::new(config::Metrics::default())
 }
 
 fn scrape(name: &str, telemetry: &Telemetry) {

@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 const RETAIN: Duration = Duration::from_secs(600);
 
 fn telemetry() -> Telemetry {
-    Telemetry::new(config::Metrics { retain_idle: RETAIN })
+    Telemetry::new(config::Metrics { retain_idle: RETAIN, ..config::Metrics::default() })
 }
 
 fn target() -> SocketAddr {
@@ -342,7 +342,7 @@ async fn idle_series_go_and_zone_bytes_stay() {
 
 #[test]
 fn a_full_family_says_so() {
-    let t = Telemetry::with_series_limit(config::Metrics { retain_idle: RETAIN }, 2);
+    let t = Telemetry::new(config::Metrics { retain_idle: RETAIN, max_series: 2.try_into().unwrap() });
     for pod in ["a", "b", "c", "d"] {
         t.conn(peer(pod)).open();
     }
