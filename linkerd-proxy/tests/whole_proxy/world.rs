@@ -195,6 +195,10 @@ impl World {
         self.dir.join(format!("{name}.log"))
     }
 
+    pub(crate) fn pod(&self, name: &str) -> &Pod {
+        &self.pods[name]
+    }
+
     pub(crate) fn bridge_netns(&self) -> String {
         self.net.bridge_netns()
     }
