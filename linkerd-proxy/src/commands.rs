@@ -199,8 +199,8 @@ fn init_log() -> Result<log::Handle, ExitCode> {
             tracing::info!(
                 "{} {} {} ({})",
                 if cfg!(debug_assertions) { "debug" } else { "release" },
-                env!("CARGO_PKG_VERSION"),
-                option_env!("GIT_SHA").unwrap_or("unknown"),
+                option_env!("LINKERD_PROXY_VERSION").unwrap_or(env!("CARGO_PKG_VERSION")),
+                option_env!("LINKERD_PROXY_GIT_SHA").filter(|sha| !sha.is_empty()).unwrap_or("unknown"),
                 env!("CARGO_PKG_NAME"),
             );
             Ok(handle)

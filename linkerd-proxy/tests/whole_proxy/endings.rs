@@ -177,6 +177,50 @@ async fn refused_manifests_are_unhealthy_and_yet_ready() {
     assert_eq!(world.admin("server", "GET", "/ready").await.unwrap(), (200, "ready\n".into()));
 }
 
+/// The Linkerd proxy, whose control plane refuses connections.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_control_plane_is_told() {
+    let Some(mut world) = World::new("lost") else { return };
+    world.plain("server", &[]);
+    let anchors = std::fs::read_to_string(world.dir.join("identity/ca.crt")).unwrap();
+    let dir = world.dir.join("end-entity");
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::write(dir.join("token"), "token").unwrap();
+    let (dir, token) = (dir.display().to_string(), dir.join("token").display().to_string());
+    let name = |service: &str| format!("{service}.linkerd.serviceaccount.identity.linkerd.cluster.local");
+    let (destination, policy, identity) =
+        (name("linkerd-destination"), name("linkerd-destination"), name("linkerd-identity"));
+    world.spawn_linkerd(
+        "server",
+        &[
+            ("LINKERD2_PROXY_DESTINATION_SVC_ADDR", "127.0.0.1:1"),
+            ("LINKERD2_PROXY_DESTINATION_SVC_NAME", &destination),
+            ("LINKERD2_PROXY_POLICY_SVC_ADDR", "127.0.0.1:1"),
+            ("LINKERD2_PROXY_POLICY_SVC_NAME", &policy),
+            ("LINKERD2_PROXY_POLICY_WORKLOAD", "shop:server"),
+            ("LINKERD2_PROXY_IDENTITY_SVC_ADDR", "127.0.0.1:1"),
+            ("LINKERD2_PROXY_IDENTITY_SVC_NAME", &identity),
+            ("LINKERD2_PROXY_IDENTITY_LOCAL_NAME", "server.shop.serviceaccount.identity.linkerd.cluster.local"),
+            ("LINKERD2_PROXY_IDENTITY_DIR", &dir),
+            ("LINKERD2_PROXY_IDENTITY_TOKEN_FILE", &token),
+            ("LINKERD2_PROXY_IDENTITY_TRUST_ANCHORS", &anchors),
+            ("LINKERD2_PROXY_INBOUND_PORTS", "8080"),
+        ],
+    );
+    world
+        .eventually("the metric says so", async || {
+            world.admin("server", "GET", "/metrics").await.is_ok()
+                && world.metric("server", "proxy_unhealthy", &["condition=\"control_plane_lost\""]).await == 1.0
+        })
+        .await;
+    let (status, body) = world.admin("server", "GET", "/ready?verbose").await.unwrap();
+    assert_eq!(status, 503, "there is no certificate yet");
+    assert!(body.starts_with("not ready\n[-] certificate: none has been installed yet\n"), "{body}");
+    assert!(body.contains("[-] control_plane_lost: ") && body.contains("127.0.0.1:1"), "{body}");
+    world.terminate("server");
+    assert_eq!(world.exit_code("server").await, Some(0));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn series_beyond_the_bound_are_summed_and_told() {
     let Some(mut world) = World::new("bound") else { return };
