@@ -5,16 +5,19 @@
 //! cannot be forgotten anywhere. Stages add what they know with [`Error::context`]; the chain is what
 //! `l5d-proxy-error` and the log show.
 
+use crate::telemetry::termination::{Code, Phase};
 use http::{HeaderValue, StatusCode};
 use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
-/// A failure: its cause, and where it happened.
+/// A failure: its cause, how far things had come, and where it happened.
 #[derive(Clone, Debug)]
 pub struct Error(Box<Inner>);
 
 #[derive(Clone, Debug)]
 struct Inner {
     cause: Cause,
+    /// As the stage that failed knows it.
+    phase: Option<Phase>,
     /// Outermost first.
     context: Vec<Arc<str>>,
 }
@@ -141,12 +144,23 @@ pub enum RateLimitScope {
 impl Error {
     /// A failure with no context yet.
     pub fn new(cause: Cause) -> Self {
-        Self(Box::new(Inner { cause, context: Vec::new() }))
+        Self(Box::new(Inner { cause, phase: None, context: Vec::new() }))
     }
 
     /// What happened.
     pub fn cause(&self) -> &Cause {
         &self.0.cause
+    }
+
+    /// Tells the phase, unless a stage further in has told it.
+    pub fn during(mut self, phase: Phase) -> Self {
+        self.0.phase.get_or_insert(phase);
+        self
+    }
+
+    /// The termination code; `otherwise` is the phase of failures whose stage told none.
+    pub fn code(&self, otherwise: Phase) -> Code {
+        Code::of(&self.0.cause, self.0.phase.unwrap_or(otherwise))
     }
 
     /// Adds the stage that the failure passes through, outermost last to be added.

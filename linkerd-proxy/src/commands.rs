@@ -136,6 +136,9 @@ fn run(args: Run) -> ExitCode {
 const MIN_REFRESH: Duration = Duration::from_secs(10);
 const MAX_REFRESH: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// How long the end of the tasks that are left is waited for.
+const CUT: Duration = Duration::from_secs(1);
+
 fn serve(config: Config, home: Home, log: log::Handle, traffic: Runtime) -> ExitCode {
     let telemetry = Telemetry::new(config.metrics);
     let env = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect();
@@ -164,6 +167,8 @@ fn serve(config: Config, home: Home, log: log::Handle, traffic: Runtime) -> Exit
         return failure(&format!("cannot start the admin thread: {error}"));
     }
     traffic.block_on(app.serve(signals));
+    // What is cut has its line in the access log, too.
+    traffic.shutdown_timeout(CUT);
     access_log.flush();
     ExitCode::SUCCESS
 }
@@ -194,8 +199,8 @@ fn init_log() -> Result<log::Handle, ExitCode> {
             tracing::info!(
                 "{} {} {} ({})",
                 if cfg!(debug_assertions) { "debug" } else { "release" },
-                env!("CARGO_PKG_VERSION"),
-                option_env!("GIT_SHA").unwrap_or("unknown"),
+                option_env!("LINKERD_PROXY_VERSION").unwrap_or(env!("CARGO_PKG_VERSION")),
+                option_env!("LINKERD_PROXY_GIT_SHA").filter(|sha| !sha.is_empty()).unwrap_or("unknown"),
                 env!("CARGO_PKG_NAME"),
             );
             Ok(handle)

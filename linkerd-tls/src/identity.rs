@@ -50,6 +50,33 @@ static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
     })
 });
 
+/// What TLS is made of here, by the library's names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Info {
+    /// Cipher suites, in order of preference.
+    pub suites: Vec<String>,
+    /// Key exchange groups, in order of preference.
+    pub kx_groups: Vec<String>,
+    /// Source of randomness.
+    pub rand: String,
+    /// Loader of private keys.
+    pub key_provider: String,
+    /// Whether all of it is FIPS-approved.
+    pub fips: bool,
+}
+
+/// What TLS is made of here.
+pub fn info() -> Info {
+    let CryptoProvider { cipher_suites, kx_groups, secure_random, key_provider, .. } = &**PROVIDER;
+    Info {
+        suites: cipher_suites.iter().map(|suite| format!("{:?}", suite.suite())).collect(),
+        kx_groups: kx_groups.iter().map(|group| format!("{:?}", group.name())).collect(),
+        rand: format!("{secure_random:?}"),
+        key_provider: format!("{key_provider:?}"),
+        fips: PROVIDER.fips(),
+    }
+}
+
 /// What a listener offers.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum Alpn {

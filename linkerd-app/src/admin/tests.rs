@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::{config, telemetry::Condition};
-use std::time::Duration;
 
 const LOCAL: &str = "127.0.0.1:1234";
 const REMOTE: &str = "10.0.0.9:1234";
@@ -10,7 +9,7 @@ const REMOTE: &str = "10.0.0.9:1234";
 pub(super) fn options() -> Options {
     Options {
         ready: Ready::new(true),
-        telemetry: Telemetry::new(config::Metrics { retain_idle: Duration::from_secs(600) }),
+        telemetry: Telemetry::new(config::Metrics::default()),
         log: log::Handle::off(),
         env: [("A", "1"), ("LINKERD2_PROXY_IDENTITY_TOKEN_FILE", "/t"), ("DB_PASSWORD", "hunter2")]
             .map(|(k, v)| (k.to_string(), v.to_string()))

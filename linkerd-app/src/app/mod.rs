@@ -15,7 +15,7 @@ use crate::{
     outbound::Outbound,
     policy::Source,
     standalone::Standalone,
-    telemetry::{Condition, IdentityMetrics, Telemetry, access::AccessLog, log, watchdog::Watchdog},
+    telemetry::{Condition, IdentityMetrics, Telemetry, TlsInfo, access::AccessLog, log, watchdog::Watchdog},
     transport::{self, BindError, BoundListener},
 };
 use linkerd_stack::{Ready, drain};
@@ -30,6 +30,7 @@ use tokio::{
     runtime::Handle,
     select,
     sync::mpsc,
+    task::AbortHandle,
     time::{Instant, timeout_at},
 };
 
@@ -78,6 +79,7 @@ pub enum InitError {
 pub struct App {
     inbound: (Arc<Inbound>, BoundListener),
     outbound: (Outbound, Vec<BoundListener>),
+    telemetry: Telemetry,
     identity: Reader,
     shutdown: mpsc::Receiver<()>,
     grace: Duration,
@@ -186,6 +188,11 @@ impl App {
         let inbound_listener = transport::bind(&config.inbound.listen)?;
         let outbound_listeners = config.outbound.listen.iter().map(transport::bind).collect::<Result<Vec<_>, _>>()?;
         let admin_listener = transport::bind(&config.admin.listen)?;
+        telemetry.set_tls_info(tls_info());
+        let shown = outbound.clone();
+        panels.add("outbound", move || shown.status());
+        let shown = Arc::downgrade(&inbound);
+        panels.add("inbound", move || shown.upgrade().map_or(serde_json::Value::Null, |inbound| inbound.status()));
         introduce(&config, &reader, &admin_listener, &inbound_listener, &outbound_listeners);
 
         let (ask, shutdown) = mpsc::channel(1);
@@ -206,6 +213,7 @@ impl App {
             http: inbound::http::server_config(&config.inbound.http_server),
             telemetry: telemetry.clone(),
         };
+        let cutting = telemetry.clone();
         let daemon = Daemon {
             identity: reader.clone(),
             certificate,
@@ -217,6 +225,7 @@ impl App {
         let app = Self {
             inbound: (inbound, inbound_listener),
             outbound: (outbound, outbound_listeners),
+            telemetry: cutting,
             identity: reader,
             shutdown,
             grace: config.shutdown_grace_period,
@@ -239,15 +248,22 @@ impl App {
         let (inbound_drain, inbound_watch) = drain::channel();
         let (outbound_drain, outbound_watch) = drain::channel();
         let (outbound, listeners) = (self.outbound.0.clone(), std::mem::take(&mut self.outbound.1));
+        let mut tasks = Vec::new();
         for listener in listeners {
-            tokio::spawn(outbound.clone().serve(listener, outbound_watch.clone()));
+            let addr = listener.local_addr();
+            let task = tokio::spawn(outbound.clone().serve(listener, outbound_watch.clone()));
+            tasks.push((format!("accepting connections on {addr}"), task.abort_handle()));
         }
         drop(outbound_watch);
-        let (mut ask, grace) = (self.shutdown, self.grace);
+        let (mut ask, grace, telemetry) = (self.shutdown, self.grace, self.telemetry);
         let (inbound, listener) = self.inbound;
-        tokio::spawn(inbound.serve(listener, inbound_watch));
+        let addr = listener.local_addr();
+        let task = tokio::spawn(inbound.serve(listener, inbound_watch));
+        tasks.push((format!("accepting connections on {addr}"), task.abort_handle()));
+        let draining = watch_tasks(tasks, &telemetry);
 
         wait(&mut ask, &mut signals).await;
+        draining.set(true);
         let started = Instant::now();
         let deadline = started + grace;
         let drained = async {
@@ -262,6 +278,7 @@ impl App {
             },
             Some(name) = signals.recv() => tracing::warn!("Received {name} again; the connections that are left are cut"),
         }
+        telemetry.cut();
     }
 }
 
@@ -278,7 +295,10 @@ impl Daemon {
     pub async fn run(self) {
         let observer = self.telemetry.identity();
         let (admin, listener) = self.admin;
-        tokio::spawn(admin.serve(listener));
+        let _ = watch_tasks(
+            vec![("serving the admin port".into(), tokio::spawn(admin.serve(listener)).abort_handle())],
+            &self.telemetry,
+        );
         tokio::spawn(watch_workers(Watchdog::new(&self.traffic), self.telemetry.clone()));
         let (identity, ready) = (self.identity, self.ready);
         tokio::spawn(async move {
@@ -328,12 +348,15 @@ fn introduce(
     }
 }
 
+/// What `rustls_info` tells.
+fn tls_info() -> TlsInfo {
+    let linkerd_tls::identity::Info { suites, kx_groups, rand, key_provider, fips } = linkerd_tls::identity::info();
+    TlsInfo { suites, kx_groups, rand, key_provider, fips }
+}
+
 fn watch_identity(identity: &Reader, telemetry: &Telemetry, panels: &Panels) {
     let reader = identity.clone();
-    telemetry.health().add(Condition::CertificateExpired, move || {
-        let ago = SystemTime::now().duration_since(reader.expiry()?).ok()?;
-        Some(format!("the certificate expired {} s ago", ago.as_secs()))
-    });
+    watch_expiry(telemetry, move || reader.expiry());
     let reader = identity.clone();
     panels.add("identity", move || {
         let until = reader.expiry().and_then(|expiry| expiry.duration_since(SystemTime::now()).ok());
@@ -344,6 +367,13 @@ fn watch_identity(identity: &Reader, telemetry: &Telemetry, panels: &Panels) {
             "expires_in_seconds": until.map(|until| until.as_secs()),
             "trust_anchors": reader.trust_anchor_count(),
         })
+    });
+}
+
+fn watch_expiry(telemetry: &Telemetry, expiry: impl Fn() -> Option<SystemTime> + Send + Sync + 'static) {
+    telemetry.health().add(Condition::CertificateExpired, move || {
+        let ago = SystemTime::now().duration_since(expiry()?).ok()?;
+        Some(format!("the certificate expired {} s ago", ago.as_secs()))
     });
 }
 
@@ -407,6 +437,20 @@ fn watch_manifests(standalone: &Arc<Standalone>, telemetry: &Telemetry, panels: 
     });
 }
 
+/// Tasks that should live as long as the proxy: one that ends is a health condition, until the flag that is returned
+/// tells that the proxy is on its way out.
+fn watch_tasks(tasks: Vec<(String, AbortHandle)>, telemetry: &Telemetry) -> Ready {
+    let over = Ready::new(false);
+    let ending = over.clone();
+    telemetry.health().add(Condition::TaskEnded, move || {
+        let ended: Vec<_> =
+            tasks.iter().filter(|(_, task)| task.is_finished()).map(|(name, _)| name.as_str()).collect();
+        (!ended.is_empty() && !ending.get())
+            .then(|| format!("restart the proxy: nothing is {} any more", ended.join(", ")))
+    });
+    over
+}
+
 /// Asks the watchdog now and then; what it says is a health condition.
 async fn watch_workers(mut watchdog: Watchdog, telemetry: Telemetry) {
     let last = Arc::new(Mutex::new(None::<String>));
@@ -419,5 +463,38 @@ async fn watch_workers(mut watchdog: Watchdog, telemetry: Telemetry) {
             tracing::warn!("{stuck}");
         }
         *last.lock() = stuck;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn tasks_that_end_before_the_proxy_does_are_told() {
+        let telemetry = Telemetry::new(config::Metrics::default());
+        let task = tokio::spawn(std::future::pending::<()>());
+        let over = watch_tasks(vec![("serving".into(), task.abort_handle())], &telemetry);
+        let told = || telemetry.health().problems().iter().filter(|(c, _)| *c == Condition::TaskEnded).count();
+        assert_eq!(told(), 0);
+        task.abort();
+        let _ = task.await;
+        assert_eq!(told(), 1);
+        over.set(true);
+        assert_eq!(told(), 0);
+    }
+
+    #[tokio::test]
+    async fn expired_certificates_are_told() {
+        let telemetry = Telemetry::new(config::Metrics::default());
+        let expiry = Arc::new(Mutex::new(None));
+        let read = expiry.clone();
+        watch_expiry(&telemetry, move || *read.lock());
+        let told = || telemetry.health().problems().iter().filter(|(c, _)| *c == Condition::CertificateExpired).count();
+        assert_eq!(told(), 0, "none was issued yet");
+        *expiry.lock() = Some(SystemTime::now() + Duration::from_secs(60));
+        assert_eq!(told(), 0);
+        *expiry.lock() = Some(SystemTime::now() - Duration::from_secs(60));
+        assert_eq!(told(), 1);
     }
 }

@@ -134,6 +134,7 @@ settings! {
     "LINKERD2_PROXY_LINKERD2_PROXY_IDENTITY_SPIRE_EXP_BACKOFF_JITTER", "float 0-100", "0.1", "Share of the wait that is added at random.";
     "LINKERD2_PROXY_IDENTITY_DISABLED", "any", "unset", "Identity cannot be disabled: a value is an error.";
     "LINKERD2_PROXY_METRICS_RETAIN_IDLE", "duration", "10m", "Idle series are dropped after this.";
+    "LINKERD2_PROXY_METRICS_MAX_SERIES", "integer above 0", "10000", "Label sets that one group of metric families may have; more go to one series labelled series=\"other\".";
     "LINKERD2_PROXY_OUTBOUND_METRICS_HOSTNAME_LABELS", "bool", "false", "hostname labels on outbound route metrics.";
     "LINKERD2_PROXY_INBOUND_METRICS_AUTHORITY_LABELS", "empty or unsafe", "empty", "unsafe: authority labels on inbound metrics.";
     "LINKERD2_PROXY_TAP_SVC_NAME", "identity", "unset", "The only client that may tap; unset = tap off.";
@@ -352,7 +353,11 @@ fn config(env: &mut Reader<'_>, mode: Mode) -> Option<Config> {
     let tap = env
         .parse("LINKERD2_PROXY_TAP_SVC_NAME", |t| t.parse::<Id>().map_err(|e| e.to_string()))
         .map(|client| Tap { listen: admin_like(tap_addr, "LINKERD2_PROXY_CONTROL_LISTEN_ADDR"), client });
-    let metrics = Metrics { retain_idle: env.or("LINKERD2_PROXY_METRICS_RETAIN_IDLE", SECOND * 600, s::duration) };
+    let Metrics { retain_idle, max_series } = Metrics::default();
+    let metrics = Metrics {
+        retain_idle: env.or("LINKERD2_PROXY_METRICS_RETAIN_IDLE", retain_idle, s::duration),
+        max_series: env.or("LINKERD2_PROXY_METRICS_MAX_SERIES", max_series, s::integer),
+    };
     let shutdown_grace_period = env.or("LINKERD2_PROXY_SHUTDOWN_GRACE_PERIOD", SECOND * 120, s::duration);
     let dns = Dns {
         min_ttl: env.parse("LINKERD2_PROXY_DNS_MIN_TTL", s::duration),

@@ -9,6 +9,7 @@ use linkerd_tls::{Id, ServerName};
 use std::{
     collections::{BTreeSet, HashSet},
     net::{IpAddr, SocketAddr},
+    num::NonZeroUsize,
     path::PathBuf,
     sync::Arc,
     time::Duration,
@@ -221,6 +222,14 @@ pub struct Tap {
 pub struct Metrics {
     /// Idle series are dropped after this.
     pub retain_idle: Duration,
+    /// Label sets that one group of families may have.
+    pub max_series: NonZeroUsize,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self { retain_idle: Duration::from_secs(600), max_series: crate::telemetry::MAX_SERIES }
+    }
 }
 
 /// DNS settings.

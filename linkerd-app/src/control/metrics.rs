@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn what_clients_do_is_printed() {
-        let telemetry = Telemetry::new(config::Metrics { retain_idle: Duration::from_secs(600) });
+        let telemetry = Telemetry::new(config::Metrics::default());
         let addr = |port, identity: Option<&str>| {
             let host = if identity.is_some() { "linkerd-dst.linkerd.svc." } else { "localhost." };
             let identity = identity.map(|id| id.parse().unwrap());

@@ -4,7 +4,10 @@
 //! [`verdict`] matches every cause without a wildcard. Inbound and outbound differ only in who is told the reason.
 
 use super::is_grpc;
-use crate::error::{Cause, Error};
+use crate::{
+    error::{Cause, Error},
+    telemetry::termination::Phase,
+};
 use http::{
     HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Version,
     header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, LOCATION, RETRY_AFTER},
@@ -12,6 +15,8 @@ use http::{
 
 /// Why the proxy answered instead of the application.
 pub const L5D_PROXY_ERROR: HeaderName = HeaderName::from_static("l5d-proxy-error");
+/// The termination code of that answer (docs/errors.md).
+pub const L5D_PROXY_TERMINATION: HeaderName = HeaderName::from_static("l5d-proxy-termination");
 /// `close`: the client's proxy shall close the application's connection after this response.
 pub const L5D_PROXY_CONNECTION: HeaderName = HeaderName::from_static("l5d-proxy-connection");
 /// gRPC status code, in headers or trailers.
@@ -22,7 +27,7 @@ pub const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 /// Turns failures into answers for one server connection (inbound) or for all (outbound).
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub struct Rescue {
-    /// Whether `l5d-proxy-error`, `grpc-message` and `l5d-proxy-connection` are sent. Outbound: the setting. Inbound:
+    /// Whether `l5d-proxy-error`, `l5d-proxy-termination`, `grpc-message` and `l5d-proxy-connection` are sent. Outbound: the setting. Inbound:
     /// only to meshed clients with an identity.
     pub informational: bool,
 }
@@ -214,6 +219,8 @@ impl Rescue {
         }
         if self.informational {
             headers.insert(L5D_PROXY_ERROR, message(error));
+            let code = error.code(Phase::Request);
+            headers.insert(L5D_PROXY_TERMINATION, HeaderValue::from_static(code.as_str()));
             if verdict.close {
                 headers.insert(L5D_PROXY_CONNECTION, HeaderValue::from_static("close"));
             }
@@ -280,6 +287,7 @@ mod tests {
         assert_eq!(rsp.status(), status);
         assert_eq!(rsp.headers()["content-length"], "0");
         assert_eq!(rsp.headers()["l5d-proxy-error"], error.to_string().as_str());
+        assert_eq!(rsp.headers()["l5d-proxy-termination"], error.code(Phase::Request).as_str());
         assert_eq!(rsp.headers().contains_key("connection"), close);
         assert_eq!(rsp.headers().contains_key("l5d-proxy-connection"), close);
         assert_eq!(closes(&rsp), close);
@@ -343,7 +351,7 @@ mod tests {
         let rescue = Rescue { informational: false };
         let rsp: Response<String> = rescue.response(&error, &asked(Version::HTTP_2, true));
         assert_eq!(rsp.headers()["grpc-status"], "7");
-        assert!(!rsp.headers().contains_key("grpc-message") && !rsp.headers().contains_key("l5d-proxy-error"));
+        assert!(rsp.headers().keys().all(|name| name != "grpc-message" && !name.as_str().starts_with("l5d-")));
     }
 
     #[test]

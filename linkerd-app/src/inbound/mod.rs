@@ -175,6 +175,6 @@ trait At<T> {
 
 impl<T> At<T> for Result<T, Error> {
     fn at(self, phase: Phase) -> Result<T, Failed> {
-        self.map_err(|error| Failed { code: Code::of(error.cause(), phase), error })
+        self.map_err(|error| Failed { code: error.code(phase), error })
     }
 }

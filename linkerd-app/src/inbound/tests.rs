@@ -119,7 +119,7 @@ impl Proxy {
             source.set(other, detect(vec![anybody()]));
         }
         source.set(port, policy);
-        let telemetry = Telemetry::new(config::Metrics { retain_idle: Duration::from_secs(600) });
+        let telemetry = Telemetry::new(config::Metrics::default());
         let identity = Some(readers().0.clone());
         let inbound = Inbound::new(&cfg, gateway, identity, source.clone(), telemetry.clone(), AccessLog::off(), 4191);
         Self { inbound, source, telemetry, drain: drain::channel() }

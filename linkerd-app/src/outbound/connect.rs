@@ -8,14 +8,20 @@ use crate::{
         authz::NoTls,
         endpoint::{Endpoint, ProtocolHint},
     },
-    telemetry::{ConnLabels, ConnMetrics, Direction, Peer, TlsLabels},
+    telemetry::{ConnLabels, ConnMetrics, Direction, Peer, TlsLabels, termination::Phase},
     transport::{self, Metered, TransportHeader, header::Session},
 };
 use bytes::Bytes;
 use linkerd_stack::{BoxFuture, BoxedIo, http::Version};
 use linkerd_tls::{ClientTls, Id};
 use parking_lot::Mutex;
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+};
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 
 /// Opens connections to one replica. Clones are the same connector.
@@ -100,10 +106,13 @@ impl Connector {
             return Err(Cause::Loop(*dial).into());
         }
         let limit = rt.config.connect.timeout;
-        let result = match timeout(limit, self.establish(session)).await {
+        let handshaking = AtomicBool::new(false);
+        let result = match timeout(limit, self.establish(session, &handshaking)).await {
             Ok(result) => result,
             Err(_) => Err(Cause::ConnectTimeout(limit).into()),
         };
+        let phase = if handshaking.load(Relaxed) { Phase::Tls } else { Phase::Connect };
+        let result = result.map_err(|error| error.during(phase));
         *self.0.failure.lock() = result.as_ref().err().cloned();
         result
     }
@@ -113,16 +122,19 @@ impl Connector {
         self.0.failure.lock().clone()
     }
 
-    async fn establish(&self, session: Option<Version>) -> Result<Upstream, Error> {
+    /// Sets `handshaking` while the TLS handshake is under way.
+    async fn establish(&self, session: Option<Version>, handshaking: &AtomicBool) -> Result<Upstream, Error> {
         let Inner { rt, dial, tls, header, metrics, .. } = &*self.0;
         let io = transport::connect(*dial, &rt.config.connect).await?;
         let (Ok(tls), Some(identity)) = (tls, &rt.identity) else {
             return Ok(Upstream::Plain(io, metrics.clone()));
         };
+        handshaking.store(true, Relaxed);
         let (connected, mut io) = identity
             .connect(io, tls)
             .await
             .map_err(|error| Error::new(Cause::Io { errno: error.errno(), message: error.to_string().into() }))?;
+        handshaking.store(false, Relaxed);
         if connected.transport_header
             && let Some([opaque, http1, http2]) = header
         {

@@ -11,7 +11,7 @@ use crate::{
     error::{Cause, Error},
     http::{
         Asked, classify,
-        rescue::{L5D_PROXY_CONNECTION, L5D_PROXY_ERROR, is_endpoint_level},
+        rescue::{L5D_PROXY_CONNECTION, L5D_PROXY_ERROR, L5D_PROXY_TERMINATION, is_endpoint_level},
     },
     policy::{
         client,
@@ -149,6 +149,7 @@ impl HttpEndpoint {
                     orig_proto::restore_response(&mut rsp, carried);
                 }
                 rsp.headers_mut().remove(L5D_PROXY_ERROR);
+                rsp.headers_mut().remove(L5D_PROXY_TERMINATION);
                 let close = rsp.headers_mut().remove(L5D_PROXY_CONNECTION).is_some_and(|v| v == "close");
                 if close && self.kind.forward {
                     rsp.extensions_mut().insert(CloseConnection);

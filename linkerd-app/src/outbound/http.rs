@@ -14,6 +14,7 @@ use crate::{
         rescue::{Close, Rescue},
     },
     policy::Target,
+    telemetry::{Direction, Telemetry, termination::Phase},
 };
 use http::{HeaderName, Method, Request, Response, StatusCode, header::HOST, uri::Authority};
 use linkerd_stack::{
@@ -80,7 +81,10 @@ impl Edge {
     async fn answer(self, req: Request<Body>) -> Result<Response<Body>, Reset> {
         let Inner { rt, routing } = &*self.0;
         let asked = Asked::of(&req);
-        match rt.in_flight.run(routing.call(req, &asked)).await {
+        let mut cancellation = Cancellation { telemetry: &rt.telemetry, armed: true };
+        let answered = rt.in_flight.run(routing.call(req, &asked)).await;
+        cancellation.armed = false;
+        match answered {
             Ok(rsp) => Ok(finish(rt, rsp, &asked)),
             Err(error) => fail(rt, &error, &asked),
         }
@@ -108,15 +112,13 @@ pub(super) fn finish(rt: &Runtime, rsp: Response<Tracked>, asked: &Asked) -> Res
         head.extensions.insert(CloseConnection);
     }
     if let Some(super::endpoint::Unanswered(error)) = head.extensions.remove() {
-        rt.telemetry.outbound_http_errors().failed(error.cause());
-        log(rt, &error);
+        count(rt, &error);
     }
-    Response::from_parts(head, body.into_body(&rt.rescue, asked))
+    Response::from_parts(head, body.into_body(&rt.rescue, asked, &rt.telemetry))
 }
 
 fn fail(rt: &Runtime, error: &Error, asked: &Asked) -> Result<Response<Body>, Reset> {
-    rt.telemetry.outbound_http_errors().failed(error.cause());
-    log(rt, error);
+    count(rt, error);
     match rt.rescue.answer::<Body>(error, asked) {
         Answer::Response(mut rsp) => {
             if rsp.extensions_mut().remove::<Close>().is_some() {
@@ -128,12 +130,29 @@ fn fail(rt: &Runtime, error: &Error, asked: &Asked) -> Result<Response<Body>, Re
     }
 }
 
-/// Failures are logged where they stop, a bounded number per second for everybody to see.
-fn log(rt: &Runtime, error: &Error) {
+/// Failures are counted and logged where they stop, a bounded number per second for everybody to see.
+fn count(rt: &Runtime, error: &Error) {
+    let code = error.code(Phase::Request);
+    rt.telemetry.outbound_http_errors().failed(error.cause());
+    rt.telemetry.terminated(Direction::Outbound, code);
     if rt.log_limit.check().is_ok() {
-        tracing::info!(%error, "request failed");
+        tracing::info!(%code, %error, "request failed");
     } else {
-        tracing::debug!(%error, "request failed");
+        tracing::debug!(%code, %error, "request failed");
+    }
+}
+
+/// Dropped while armed, its request was given up by the client before there was a response.
+struct Cancellation<'a> {
+    telemetry: &'a Telemetry,
+    armed: bool,
+}
+
+impl Drop for Cancellation<'_> {
+    fn drop(&mut self) {
+        if self.armed {
+            self.telemetry.canceled(Direction::Outbound, Phase::Request);
+        }
     }
 }
 

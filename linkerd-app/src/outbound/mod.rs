@@ -34,7 +34,7 @@ use crate::{
         Source, Target,
         authz::{ClientTls, NoTls},
     },
-    telemetry::{ConnLabels, ConnMetrics, Direction, Peer, Telemetry, TlsLabels},
+    telemetry::{ConnLabels, ConnMetrics, Direction, Peer, Telemetry, TlsLabels, termination::Phase},
     transport::{Accepted, BoundListener, Metered, orig_dst},
 };
 use ::http::{Request, Response};
@@ -142,7 +142,9 @@ impl Outbound {
             Ok(target) => Some(target),
             Err(_) if self.rt.config.explicit => None,
             Err(error) => {
-                tracing::warn!(%client, %error, "connection without a destination dropped");
+                let code = error.code(Phase::Accept);
+                self.rt.telemetry.terminated(Direction::Outbound, code);
+                tracing::warn!(%client, %code, %error, "connection without a destination dropped");
                 return;
             }
         };
@@ -152,11 +154,13 @@ impl Outbound {
                 tracing::debug!(%client, target = %at, "client closed without a word");
                 return;
             }
+            let code = error.code(Phase::Response);
             self.rt.telemetry.outbound_tcp_errors(at).failed(error.cause());
+            self.rt.telemetry.terminated(Direction::Outbound, code);
             if self.rt.log_limit.check().is_ok() {
-                tracing::info!(%client, target = %at, %error, "connection closed");
+                tracing::info!(%client, target = %at, %code, %error, "connection closed");
             } else {
-                tracing::debug!(%client, target = %at, %error, "connection closed");
+                tracing::debug!(%client, target = %at, %code, %error, "connection closed");
             }
         }
     }
@@ -170,7 +174,8 @@ impl Outbound {
             return self.ingress(io, counted, target, drain).await;
         }
         let found = self.discover.find(Target::Addr(target)).await?;
-        match protocol::decide(&self.rt, &found, &mut io).await? {
+        let spoken = protocol::decide(&self.rt, &found, &mut io).await;
+        match spoken.map_err(|error| error.during(Phase::Detect))? {
             Spoken::Http(version, read) => {
                 let routing = Routing::Fixed(Arc::new(found));
                 self.http(version, counted.around(PrefixedIo::new(read, io)), routing, drain).await

@@ -87,13 +87,26 @@ async fn settle() {
 struct World {
     outbound: Outbound,
     script: Arc<Script>,
+    telemetry: Telemetry,
 }
 
 fn world() -> World {
     let script = Arc::new(Script::default());
-    let telemetry = Telemetry::new(config::Metrics { retain_idle: Duration::from_secs(600) });
-    let outbound = Outbound::new(&settings(), Arc::default(), None, script.clone(), telemetry);
-    World { outbound, script }
+    let telemetry = Telemetry::new(config::Metrics::default());
+    let outbound = Outbound::new(&settings(), Arc::default(), None, script.clone(), telemetry.clone());
+    World { outbound, script, telemetry }
+}
+
+impl World {
+    /// The sum of a family's samples that have these labels.
+    #[track_caller]
+    fn counted(&self, family: &str, labels: &str, expected: u64) {
+        let page = self.telemetry.render();
+        let of =
+            |line: &&str| line.strip_prefix(family).is_some_and(|rest| rest.starts_with('{')) && line.contains(labels);
+        let sum: u64 = page.lines().filter(of).filter_map(|l| l.rsplit(' ').next()?.parse::<u64>().ok()).sum();
+        assert_eq!(sum, expected, "{family} {labels}\n{page}");
+    }
 }
 
 fn settings() -> config::Outbound {
@@ -440,6 +453,11 @@ async fn grpc_failures_in_trailers_are_retried() {
     let rsp = w.send(req).await;
     let trailers = rsp.into_body().collect().await.unwrap().trailers().cloned().unwrap();
     assert_eq!((trailers["grpc-status"].to_str().unwrap(), tries.load(SeqCst)), ("0", 2));
+    // What was looked at counts: the attempt that failed and the one that did not, and the request on its route.
+    w.counted("response_total", "classification=\"failure\",grpc_status=\"14\"", 1);
+    w.counted("response_total", "classification=\"success\",grpc_status=\"0\"", 1);
+    w.counted("outbound_http_route_request_statuses_total", "http_status=\"200\",error=\"\"", 1);
+    w.counted("outbound_http_route_backend_response_statuses_total", "http_status=\"200\",error=\"\"", 2);
 }
 
 #[tokio::test(start_paused = true)]

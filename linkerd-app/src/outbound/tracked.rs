@@ -7,7 +7,10 @@ use super::limits::{BodyLimits, Progress};
 use crate::{
     error::{Cause, Error},
     http::{Asked, Rescue, classify},
-    telemetry::{BackendMetrics, Class, Ended, EndpointMetrics, ProfileRouteMetrics, RouteMetrics, StreamError},
+    telemetry::{
+        BackendMetrics, Class, Code, Direction, Ended, EndpointMetrics, ProfileRouteMetrics, RouteMetrics, StreamError,
+        Telemetry, termination::Phase,
+    },
 };
 use bytes::Bytes;
 use http::{HeaderMap, Response, StatusCode};
@@ -21,17 +24,20 @@ use std::{
     collections::VecDeque,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 use tokio::{sync::mpsc, time::Instant};
+
+/// What asking a body for its next frame came to; none is its end.
+type Event = Option<Result<Frame<Bytes>, Cause>>;
 
 /// A response body on its way to the client.
 #[derive(Debug)]
 pub(super) struct Tracked {
     inner: Body,
-    /// Frames that were looked at before the response was passed on; at most two.
-    peeked: VecDeque<Frame<Bytes>>,
+    /// What was looked at before the response was passed on, at most two; nobody has been told of it yet.
+    peeked: VecDeque<Event>,
     hooks: Hooks,
     limits: Vec<BodyLimits>,
     /// For gRPC requests: an error becomes trailers instead of a reset.
@@ -39,6 +45,8 @@ pub(super) struct Tracked {
     /// The client asked for gRPC over HTTP/2.
     first: bool,
     done: bool,
+    /// Told of failures once nothing but the client is left to see them.
+    edge: Option<Telemetry>,
 }
 
 #[derive(Debug, Default)]
@@ -136,6 +144,7 @@ impl Tracked {
             rescue: None,
             first: true,
             done: false,
+            edge: None,
         }
     }
 
@@ -175,36 +184,27 @@ impl Tracked {
     /// Looks at the beginning of the body: its first frame, and the second if it is there already. Returns trailers if
     /// they came so early, which is how gRPC calls without a message fail.
     pub(super) async fn peek_trailers(&mut self) -> Option<&HeaderMap> {
-        let first = std::future::poll_fn(|cx| Pin::new(&mut *self).poll_frame(cx)).await;
-        let mut is_data = false;
-        if let Some(Ok(frame)) = first {
-            is_data = frame.is_data();
-            self.peeked.push_back(frame);
+        let first = std::future::poll_fn(|cx| self.poll_event(cx)).await;
+        let is_data = matches!(&first, Some(Ok(frame)) if frame.is_data());
+        self.peeked.push_back(first);
+        if is_data && let Poll::Ready(second) = futures_util::poll!(std::future::poll_fn(|cx| self.poll_event(cx))) {
+            self.peeked.push_back(second);
         }
-        if is_data && !self.done {
-            let second =
-                futures_util::poll!(std::future::poll_fn(|cx| Pin::new(&mut *self).poll_frame_past_peeked(cx)));
-            if let Poll::Ready(Some(Ok(frame))) = second {
-                self.peeked.push_back(frame);
-            }
-        }
-        self.peeked.iter().find_map(Frame::trailers_ref)
+        self.peeked.iter().flatten().flatten().find_map(Frame::trailers_ref)
     }
 
     /// The body for the client's connection.
-    pub(super) fn into_body(mut self, rescue: &Rescue, asked: &Asked) -> Body {
+    pub(super) fn into_body(mut self, rescue: &Rescue, asked: &Asked, telemetry: &Telemetry) -> Body {
         if self.inner.is_end_stream() && self.peeked.is_empty() {
             self.end(&End::Whole(None));
             return std::mem::take(&mut self.inner);
         }
         self.rescue = asked.grpc.then_some(*rescue);
+        self.edge = Some(telemetry.clone());
         Body::new(self)
     }
 
     fn frame(&mut self, frame: &Frame<Bytes>) {
-        for limits in &mut self.limits {
-            limits.frame();
-        }
         self.first_byte();
         if let Some(data) = frame.data_ref()
             && let Some(backend) = &self.hooks.backend
@@ -213,7 +213,7 @@ impl Tracked {
         }
         if let Some(trailers) = frame.trailers_ref() {
             self.end(&End::Whole(Some(trailers)));
-        } else if self.inner.is_end_stream() {
+        } else if self.inner.is_end_stream() && self.peeked.is_empty() {
             self.end(&End::Whole(None));
         }
     }
@@ -248,6 +248,15 @@ impl Tracked {
             End::Failed(cause) => (None, StreamError::of(cause)),
             End::Dropped => (None, Some(StreamError::Unknown)),
         };
+        if let Some(telemetry) = &self.edge {
+            match end {
+                End::Whole(_) => {}
+                End::Failed(cause) => {
+                    telemetry.terminated(Direction::Outbound, Code::of(cause, Phase::Response));
+                }
+                End::Dropped => drop(telemetry.canceled(Direction::Outbound, Phase::Response)),
+            }
+        }
         let hooks = std::mem::take(&mut self.hooks);
         if let Some(hook) = hooks.endpoint {
             let class = match end {
@@ -304,29 +313,39 @@ impl Tracked {
         }
     }
 
-    fn poll_frame_past_peeked(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    /// Asks for the next frame, and watches the limits.
+    fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
         match Pin::new(&mut self.inner).poll_frame(cx) {
             Poll::Ready(Some(Ok(frame))) => {
-                self.frame(&frame);
+                for limits in &mut self.limits {
+                    limits.frame();
+                }
                 Poll::Ready(Some(Ok(frame)))
             }
-            Poll::Ready(Some(Err(error))) => Poll::Ready(self.fail(body_cause(&error))),
-            Poll::Ready(None) => {
-                self.end(&End::Whole(None));
-                Poll::Ready(None)
-            }
+            Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(body_cause(&error)))),
+            Poll::Ready(None) => Poll::Ready(None),
+            Poll::Pending if self.done => Poll::Pending,
             Poll::Pending => {
-                if self.done {
-                    return Poll::Pending;
-                }
                 let met = self.limits.iter_mut().find_map(|limits| match limits.poll(cx) {
                     Poll::Ready(cause) => Some(cause),
                     Poll::Pending => None,
                 });
-                match met {
-                    Some(cause) => Poll::Ready(self.fail(cause)),
-                    None => Poll::Pending,
-                }
+                met.map_or(Poll::Pending, |cause| Poll::Ready(Some(Err(cause))))
+            }
+        }
+    }
+
+    /// Passes on what came, and tells the hooks.
+    fn deliver(&mut self, event: Event) -> Option<Result<Frame<Bytes>, BodyError>> {
+        match event {
+            Some(Ok(frame)) => {
+                self.frame(&frame);
+                Some(Ok(frame))
+            }
+            Some(Err(cause)) => self.fail(cause),
+            None => {
+                self.end(&End::Whole(None));
+                None
             }
         }
     }
@@ -358,10 +377,11 @@ impl http_body::Body for Tracked {
     type Error = BodyError;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        match self.peeked.pop_front() {
-            Some(frame) => Poll::Ready(Some(Ok(frame))),
-            None => self.poll_frame_past_peeked(cx),
-        }
+        let event = match self.peeked.pop_front() {
+            Some(event) => event,
+            None => ready!(self.poll_event(cx)),
+        };
+        Poll::Ready(self.deliver(event))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -375,6 +395,10 @@ impl http_body::Body for Tracked {
 
 impl Drop for Tracked {
     fn drop(&mut self) {
+        // An attempt that was looked at and found wanting ended as what was seen of it.
+        while let (false, Some(event)) = (self.done, self.peeked.pop_front()) {
+            drop(self.deliver(event));
+        }
         if !self.done {
             // A codec that has all announced bytes does not ask for more.
             let end = if self.inner.is_end_stream() { End::Whole(None) } else { End::Dropped };

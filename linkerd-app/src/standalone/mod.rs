@@ -17,6 +17,7 @@ mod endpoints;
 mod files;
 mod index;
 mod manifest;
+mod profile;
 mod report;
 mod routes;
 mod server;
@@ -39,7 +40,7 @@ use self::{
 };
 use crate::{
     config::DefaultPolicy,
-    policy::{ClientPolicy, DiscoveryError, Resolution, ServerPolicy, Source, Target, Update},
+    policy::{ClientPolicy, DiscoveryError, Resolution, ServerPolicy, Source, Target, Update, client::Profile},
 };
 use futures_util::future::BoxFuture;
 use ipnet::IpNet;
@@ -523,6 +524,14 @@ impl Source for Standalone {
         target: Target,
     ) -> BoxFuture<'static, Result<channel::Receiver<Arc<ClientPolicy>>, DiscoveryError>> {
         Box::pin(std::future::ready(self.shared.client(target)))
+    }
+
+    fn watch_service_profile(&self, name: &str, port: u16) -> Option<channel::Receiver<Option<Arc<Profile>>>> {
+        let target = Target::Name(name.into(), port);
+        let policies = self.shared.client(target.clone()).ok()?;
+        let (known, receiver) = channel::channel(None);
+        self.shared.runtime.spawn(profile::follow(target, policies, known));
+        Some(receiver)
     }
 
     fn resolve(&self, discovery: &str) -> Resolution {

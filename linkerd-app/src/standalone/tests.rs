@@ -518,6 +518,24 @@ spec:
 }
 
 #[tokio::test]
+async fn profiles_are_told_to_the_inbound_side_too() {
+    let manifest = "
+apiVersion: linkerd.io/v1alpha2
+kind: ServiceProfile
+metadata: {name: web.shop.svc.cluster.local, namespace: shop}
+spec: {routes: [{name: get, condition: {method: GET}}]}
+";
+    let (dir, s) = with(WEB);
+    let mut known = s.watch_service_profile("web.shop.svc.cluster.local", 80).unwrap();
+    known.wait_for(|known| known.as_ref().is_some_and(|p| p.routes.is_empty())).await.unwrap();
+    dir.write("profile.yaml", manifest);
+    s.reload();
+    let found = known.wait_for(|known| known.as_ref().is_some_and(|p| !p.routes.is_empty())).await.unwrap().clone();
+    assert_eq!(&*found.unwrap().addr, WEB_KEY);
+    assert!(s.watch_service_profile("elsewhere.example", 80).is_none());
+}
+
+#[tokio::test]
 async fn client_side_policies_of_services() {
     let (_dir, s) = with(&format!(
         "{WEB}---

@@ -44,7 +44,7 @@ pub use self::{
     },
     store::MAX_SERIES,
     tcp::{ConnMetrics, errno_name},
-    termination::Code,
+    termination::{Code, Phase},
     watchdog::Watchdog,
 };
 
@@ -70,7 +70,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -109,6 +109,8 @@ struct Inner {
     dns: Arc<DnsMetrics>,
     manifests: Arc<ManifestMetrics>,
     terminations: Arc<termination::Terminations>,
+    /// Set once the time for draining is over.
+    cut: AtomicBool,
     /// Inbound, outbound.
     replays: [Arc<Counter>; 2],
     tls_info: Arc<OnceLock<TlsInfo>>,
@@ -162,13 +164,9 @@ pub struct SpanMetrics {
 }
 
 impl Telemetry {
-    /// Families with the default bound on series.
+    /// Families with nothing in them yet.
     pub fn new(config: config::Metrics) -> Self {
-        Self::with_series_limit(config, MAX_SERIES)
-    }
-
-    /// Families of at most `limit` label sets each.
-    pub fn with_series_limit(config: config::Metrics, limit: usize) -> Self {
+        let limit = config.max_series.get();
         let mut registry = Registry::default();
         let conns = Arc::new(Store::new("tcp", limit));
         let gone_zones: Arc<Mutex<Zones>> = Arc::default();
@@ -208,6 +206,11 @@ impl Telemetry {
         let of = health.clone();
         collect(&mut registry, move |out| of.encode(out));
         let access_log_drops: Arc<Counter> = Arc::default();
+        let of = access_log_drops.clone();
+        health.add(Condition::BoundExhausted, move || {
+            let lost = of.get();
+            (lost > 0).then(|| format!("the access log lost {lost} lines: standard error is read too slowly"))
+        });
         let of = access_log_drops.clone();
         collect(&mut registry, move |out| {
             let help = "Lines that did not fit into the access log's queue";
@@ -250,6 +253,7 @@ impl Telemetry {
             dns,
             manifests,
             terminations,
+            cut: AtomicBool::new(false),
             replays,
             tls_info,
             health,
@@ -418,6 +422,27 @@ impl Telemetry {
     /// A request or connection ended other than it was meant to. Once, where it stops travelling.
     pub fn terminated(&self, direction: Direction, code: Code) {
         self.0.terminations.count(direction, code);
+    }
+
+    /// Whoever waited for a request or response went away in this phase, and with it the request. It was counted once, here.
+    pub fn canceled(&self, direction: Direction, phase: Phase) -> Code {
+        let code = match phase {
+            _ if self.is_cut() => Code::DrainCut,
+            Phase::Response => Code::ResponseCanceled,
+            _ => Code::RequestCanceled,
+        };
+        self.terminated(direction, code);
+        code
+    }
+
+    /// Whether [`Telemetry::cut`] was called.
+    pub fn is_cut(&self) -> bool {
+        self.0.cut.load(Relaxed)
+    }
+
+    /// From now on it is the proxy that ends what goes away: the time for draining is over.
+    pub fn cut(&self) {
+        self.0.cut.store(true, Relaxed);
     }
 
     /// Tells what the TLS library was built with. Later calls change nothing.

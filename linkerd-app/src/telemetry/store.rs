@@ -3,12 +3,12 @@
 
 use super::{labels::Labels, metric::Counter};
 use parking_lot::Mutex;
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, num::NonZeroUsize, sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 /// Label sets that one group of families may have. A hundred thousand printed lines at worst, which Prometheus and the
 /// proxy both bear; a proxy that speaks to more distinct targets than this is better read in sums.
-pub const MAX_SERIES: usize = 10_000;
+pub const MAX_SERIES: NonZeroUsize = NonZeroUsize::new(10_000).expect("10,000 is not 0");
 
 /// What is counted for one label set.
 pub(super) trait Metric: Send + Sync + 'static {

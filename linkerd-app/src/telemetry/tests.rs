@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 const RETAIN: Duration = Duration::from_secs(600);
 
 fn telemetry() -> Telemetry {
-    Telemetry::new(config::Metrics { retain_idle: RETAIN })
+    Telemetry::new(config::Metrics { retain_idle: RETAIN, ..config::Metrics::default() })
 }
 
 fn target() -> SocketAddr {
@@ -342,7 +342,7 @@ async fn idle_series_go_and_zone_bytes_stay() {
 
 #[test]
 fn a_full_family_says_so() {
-    let t = Telemetry::with_series_limit(config::Metrics { retain_idle: RETAIN }, 2);
+    let t = Telemetry::new(config::Metrics { retain_idle: RETAIN, max_series: 2.try_into().unwrap() });
     for pod in ["a", "b", "c", "d"] {
         t.conn(peer(pod)).open();
     }
@@ -367,4 +367,24 @@ fn two_balancers_of_one_label_set_add_up() {
     let page = t.render();
     check(&page, r#"outbound_tls_balancer_p2c_endpoints{concrete="web:443"} 2"#);
     check(&page, r#"outbound_tls_balancer_endpoints{endpoint_state="pending",concrete="web:443"} 1"#);
+}
+
+/// docs/metrics.md explains what a proxy without traffic prints of its own, and every condition.
+#[test]
+fn the_page_explains_the_own_families() {
+    let page = include_str!("../../../docs/metrics.md");
+    // Families of the contract that are there from the start.
+    let contract = ["process_", "opentelemetry_", "control_", "proxy_build_info", "rustls_info"];
+    let t = telemetry();
+    t.terminated(Direction::Inbound, Code::Unexpected);
+    let text = t.render();
+    for line in text.lines().filter_map(|l| l.strip_prefix("# TYPE ")) {
+        let (name, kind) = line.split_once(' ').unwrap();
+        let total = if kind == "counter" { "_total" } else { "" };
+        let known = contract.iter().any(|prefix| name.starts_with(prefix));
+        assert!(known || page.contains(&format!("| `{name}{total}` | {kind} |")), "{line}");
+    }
+    for condition in Condition::ALL {
+        assert!(page.contains(&format!("`{}`", condition.as_str())), "{condition:?}");
+    }
 }

@@ -4,6 +4,7 @@ use super::{io_failure, set_options};
 use crate::{
     config,
     error::{Cause, Error},
+    telemetry::termination::Phase,
 };
 use socket2::SockRef;
 use std::{net::SocketAddr, time::Duration};
@@ -17,6 +18,10 @@ use tokio::{
 /// # Errors
 /// [`Cause::ConnectTimeout`] after `config.timeout`, else [`Cause::Io`] with the system's errno.
 pub async fn connect(addr: SocketAddr, config: &config::Connect) -> Result<TcpStream, Error> {
+    open(addr, config).await.map_err(|error| error.during(Phase::Connect))
+}
+
+async fn open(addr: SocketAddr, config: &config::Connect) -> Result<TcpStream, Error> {
     let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
     let socket = socket.map_err(|error| io_failure(&error))?;
     set_options(&SockRef::from(&socket), config.keepalive, config.user_timeout).map_err(|error| io_failure(&error))?;

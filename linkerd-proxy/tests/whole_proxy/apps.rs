@@ -37,7 +37,8 @@ pub(crate) struct Answer {
 }
 
 /// HTTP/1 and HTTP/2 by what the client speaks. Answers with `NAME METHOD PATH`, the HTTP version in `x-version`, the
-/// client identity it was told in `x-client-id`; `/sleep/MS` waits first; gRPC requests get trailers.
+/// client identity it was told in `x-client-id`; `/sleep/MS` waits first; `/status/N` answers so; gRPC requests get trailers,
+/// with code N for `/fail/N`.
 pub(crate) fn http(pod: &Pod, port: u16, name: &'static str) -> App {
     let listener = pod.listen(port);
     let task = tokio::spawn(async move {
@@ -86,7 +87,8 @@ async fn answer(name: &'static str, mut req: Request<Incoming>) -> Result<Respon
     let sent = req.into_body().collect().await.map(|b| b.to_bytes()).unwrap_or_default();
     let body = if sent.is_empty() { Bytes::from(text) } else { sent };
     let mut rsp = if grpc {
-        let trailers = HeaderMap::from_iter([("grpc-status".parse().unwrap(), HeaderValue::from_static("0"))]);
+        let code = path.strip_prefix("/fail/").unwrap_or("0");
+        let trailers = HeaderMap::from_iter([("grpc-status".parse().unwrap(), HeaderValue::from_str(code).unwrap())]);
         let frames = [Ok(Frame::data(body)), Ok(Frame::trailers(trailers))];
         let mut rsp = Response::new(BoxBody::new(StreamBody::new(futures_util::stream::iter(frames))));
         rsp.headers_mut().insert("content-type", HeaderValue::from_static("application/grpc"));
@@ -94,6 +96,9 @@ async fn answer(name: &'static str, mut req: Request<Incoming>) -> Result<Respon
     } else {
         Response::new(Full::new(body).boxed())
     };
+    if let Some(status) = path.strip_prefix("/status/").and_then(|code| code.parse().ok()) {
+        *rsp.status_mut() = status;
+    }
     rsp.headers_mut().insert("x-version", version.parse().unwrap());
     if let Some(client) = client {
         rsp.headers_mut().insert("x-client-id", client);

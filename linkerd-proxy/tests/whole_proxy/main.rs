@@ -1,11 +1,13 @@
 //! The whole proxy: pods as network namespaces, redirected by `linkerd-proxy redirect`, each with its own proxy process
 //! as uid 2102, between real clients and servers. Needs root, iproute2 and iptables; says so where it must skip.
 
-#![allow(clippy::unwrap_used, reason = "tests may unwrap, and what they share too")]
+#![allow(clippy::unwrap_used, reason = "a failed expectation is what a test is for, in its helpers too")]
 
 mod apps;
+mod endings;
 mod gateway;
 mod inbound;
+mod metrics;
 mod net;
 mod policy;
 mod protocols;

@@ -100,15 +100,24 @@ impl World {
     }
 
     pub(crate) fn spawn(&mut self, name: &str, env: &[(&str, &str)]) {
+        let run = ["run", "--manifests", &self.manifests().display().to_string()].map(str::to_string);
+        let who = ["--workload".into(), format!("{NAMESPACE}/{name}"), "--identity".into()];
+        let identity = [self.dir.join("identity").display().to_string()];
+        self.spawn_args(name, &[&run[..], &who, &identity].concat(), env);
+    }
+
+    /// The Linkerd proxy: everything from the environment.
+    pub(crate) fn spawn_linkerd(&mut self, name: &str, env: &[(&str, &str)]) {
+        self.spawn_args(name, &[], env);
+    }
+
+    fn spawn_args(&mut self, name: &str, args: &[String], env: &[(&str, &str)]) {
         let pod = &self.pods[name];
         let log = fs::File::create(self.log_path(name)).expect("a log file");
         let mut command = pod.command("setpriv");
         command
-            .args(["--reuid", PROXY_UID, "--regid", PROXY_UID, "--clear-groups", "--", BINARY, "run"])
-            .arg("--manifests")
-            .arg(self.manifests())
-            .args(["--workload", &format!("{NAMESPACE}/{name}"), "--identity"])
-            .arg(self.dir.join("identity"))
+            .args(["--reuid", PROXY_UID, "--regid", PROXY_UID, "--clear-groups", "--", BINARY])
+            .args(args)
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
             .env("LINKERD2_PROXY_LOG", "warn,linkerd=debug")
@@ -193,6 +202,10 @@ impl World {
 
     fn log_path(&self, name: &str) -> PathBuf {
         self.dir.join(format!("{name}.log"))
+    }
+
+    pub(crate) fn pod(&self, name: &str) -> &Pod {
+        &self.pods[name]
     }
 
     pub(crate) fn bridge_netns(&self) -> String {

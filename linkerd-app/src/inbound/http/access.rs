@@ -1,14 +1,13 @@
 //! Access log lines, written when responses end: the log's order is that of the responses (contract.md 3.5).
 
 use crate::telemetry::{
-    Code,
+    Code, Telemetry,
     access::{AccessLog, Entry},
 };
 use ::http::Response;
 use bytes::Bytes;
 use http_body::{Body as _, Frame, SizeHint};
 use linkerd_stack::http::{Body, BodyError};
-use pin_project_lite::pin_project;
 use std::{
     pin::Pin,
     task::{Context, Poll, ready},
@@ -18,15 +17,16 @@ use tokio::time::Instant;
 /// A request's line. Written when it is dropped, at the latest: a request that was cancelled has one too.
 pub(super) struct Line {
     log: AccessLog,
+    telemetry: Telemetry,
     start: Instant,
     entry: Option<Entry>,
 }
 
 impl Line {
-    pub(super) fn new(log: AccessLog, start: Instant, mut entry: Entry) -> Self {
+    pub(super) fn new(log: AccessLog, telemetry: Telemetry, start: Instant, mut entry: Entry) -> Self {
         // Until something else is known.
         entry.termination = Some(Code::RequestCanceled);
-        Self { log, start, entry: Some(entry) }
+        Self { log, telemetry, start, entry: Some(entry) }
     }
 
     /// The request's stream is reset.
@@ -51,6 +51,11 @@ impl Line {
 
     fn write(&mut self) {
         if let Some(mut entry) = self.entry.take() {
+            if let Some(Code::RequestCanceled | Code::ResponseCanceled) = entry.termination
+                && self.telemetry.is_cut()
+            {
+                entry.termination = Some(Code::DrainCut);
+            }
             entry.total = self.start.elapsed();
             self.log.record(entry);
         }
@@ -63,11 +68,17 @@ impl Drop for Line {
     }
 }
 
-pin_project! {
-    struct Logged {
-        #[pin]
-        inner: Body,
-        line: Line,
+struct Logged {
+    inner: Body,
+    line: Line,
+}
+
+/// A body that is dropped before its end was given up by the client.
+impl Drop for Logged {
+    fn drop(&mut self) {
+        if let (false, Some(entry)) = (self.inner.is_end_stream(), &mut self.line.entry) {
+            entry.termination.get_or_insert(Code::ResponseCanceled);
+        }
     }
 }
 
@@ -75,9 +86,9 @@ impl http_body::Body for Logged {
     type Data = Bytes;
     type Error = BodyError;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let this = self.project();
-        let frame = ready!(this.inner.poll_frame(cx));
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = &mut *self;
+        let frame = ready!(Pin::new(&mut this.inner).poll_frame(cx));
         match &frame {
             Some(Ok(_)) => {}
             Some(Err(error)) => {

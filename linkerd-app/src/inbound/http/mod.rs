@@ -22,7 +22,7 @@ use crate::{
         Target,
         endpoint::{Http2Params, Http2Windows},
     },
-    telemetry::{Code, ConnLabels, Direction, Peer, TlsLabels, access::Entry},
+    telemetry::{Code, ConnLabels, Direction, Peer, Telemetry, TlsLabels, access::Entry, termination::Phase},
     transport::{Metered, io_failure},
 };
 use ::http::{HeaderName, HeaderValue, Request, Response, uri::Authority};
@@ -161,7 +161,7 @@ impl Shared {
         let conn = self.policy.connection();
         let line = self.policy.access().map(|log| {
             let entry = Entry::new(&req, conn.client, conn.tls.client_id().cloned());
-            access::Line::new(log.clone(), Instant::now(), entry)
+            access::Line::new(log.clone(), self.policy.telemetry().clone(), Instant::now(), entry)
         });
 
         // Restore, identify.
@@ -175,9 +175,15 @@ impl Shared {
             None => drop(req.headers_mut().remove(L5D_CLIENT_ID)),
         }
 
-        let mut termination = None;
-        let mut rsp = match self.answer(req, &asked).await {
-            Ok(rsp) => rsp,
+        let termination;
+        let mut cancellation = Cancellation { telemetry: self.policy.telemetry(), armed: true };
+        let answered = self.answer(req, &asked).await;
+        cancellation.armed = false;
+        let mut rsp = match answered {
+            Ok(mut rsp) => {
+                termination = rsp.extensions_mut().remove::<Code>();
+                rsp
+            }
             Err(error) => {
                 termination = Some(self.policy.failed(&error));
                 match self.rescue.answer(&error, &asked) {
@@ -213,6 +219,20 @@ impl Shared {
         let _permit =
             self.in_flight.acquire().await.map_err(|_| Error::new(Cause::Unexpected("the server is gone".into())))?;
         self.policy.call(req, asked, self.rescue).await
+    }
+}
+
+/// Dropped while armed, its request was given up by the client before there was a response.
+struct Cancellation<'a> {
+    telemetry: &'a Telemetry,
+    armed: bool,
+}
+
+impl Drop for Cancellation<'_> {
+    fn drop(&mut self) {
+        if self.armed {
+            self.telemetry.canceled(Direction::Inbound, Phase::Request);
+        }
     }
 }
 

@@ -7,7 +7,10 @@ use crate::{
         Rescue,
         classify::{Rule, grpc_status},
     },
-    telemetry::{Class, EndpointMetrics, InboundRouteMetrics, ProfileRouteMetrics},
+    telemetry::{
+        Class, Code, Direction, EndpointMetrics, InboundRouteMetrics, ProfileRouteMetrics, Telemetry,
+        termination::Phase,
+    },
 };
 use ::http::{HeaderMap, Response, StatusCode};
 use bytes::Bytes;
@@ -25,7 +28,10 @@ use tokio::time::Instant;
 /// The handles of one route for one client.
 #[derive(Clone)]
 pub(super) struct Handles {
-    pub endpoint: Arc<EndpointMetrics>,
+    /// None for the gateway.
+    pub endpoint: Option<Arc<EndpointMetrics>>,
+    /// Told when a response breaks off; none for the gateway, where outbound is told.
+    pub edge: Option<Telemetry>,
     /// None for the admin server and the gateway (metrics.md 5.2).
     pub route: Option<Arc<InboundRouteMetrics>>,
     /// The ServiceProfile's route, if the request is on one.
@@ -34,14 +40,18 @@ pub(super) struct Handles {
 
 impl Handles {
     fn request(&self) {
-        self.endpoint.request();
+        if let Some(endpoint) = &self.endpoint {
+            endpoint.request();
+        }
         if let Some(profile) = &self.profile {
             profile.logical.request();
         }
     }
 
     fn first_byte(&self, status: StatusCode, latency: Duration) {
-        self.endpoint.first_byte(status.as_u16(), latency);
+        if let Some(endpoint) = &self.endpoint {
+            endpoint.first_byte(status.as_u16(), latency);
+        }
         if let Some(profile) = &self.profile {
             profile.logical.first_byte(status.as_u16(), latency);
         }
@@ -49,7 +59,9 @@ impl Handles {
 
     fn response(&self, status: Option<StatusCode>, judged: Class) {
         let status = status.map(|status| status.as_u16());
-        self.endpoint.response(status, judged);
+        if let Some(endpoint) = &self.endpoint {
+            endpoint.response(status, judged);
+        }
         if let Some(profile) = &self.profile {
             profile.logical.response(status, judged);
         }
@@ -227,13 +239,20 @@ impl Drop for Report {
     }
 }
 
-pin_project! {
-    struct ResponseBody {
-        // None once an error has been turned into trailers.
-        #[pin]
-        inner: Option<Body>,
-        report: Report,
-        rescue: Option<Rescue>,
+struct ResponseBody {
+    /// None once an error has been turned into trailers.
+    inner: Option<Body>,
+    report: Report,
+    rescue: Option<Rescue>,
+}
+
+/// A body that is dropped before its end was given up by the client.
+impl Drop for ResponseBody {
+    fn drop(&mut self) {
+        let ended = self.report.done || self.inner.as_ref().is_none_or(|inner| inner.is_end_stream());
+        if let (false, Some(edge)) = (ended, &self.report.observed.handles.edge) {
+            edge.canceled(Direction::Inbound, Phase::Response);
+        }
     }
 }
 
@@ -241,12 +260,12 @@ impl http_body::Body for ResponseBody {
     type Data = Bytes;
     type Error = BodyError;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let mut this = self.project();
-        let Some(inner) = this.inner.as_mut().as_pin_mut() else {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = &mut *self;
+        let Some(inner) = &mut this.inner else {
             return Poll::Ready(None);
         };
-        match ready!(inner.poll_frame(cx)) {
+        match ready!(Pin::new(inner).poll_frame(cx)) {
             Some(Ok(frame)) => {
                 this.report.first_byte(Instant::now);
                 if let Some(data) = frame.data_ref() {
@@ -261,11 +280,14 @@ impl http_body::Body for ResponseBody {
             Some(Err(error)) => {
                 let failure = body_failure(&error);
                 this.report.error(failure.cause());
-                match this.rescue {
+                if let Some(edge) = &this.report.observed.handles.edge {
+                    edge.terminated(Direction::Inbound, Code::of(failure.cause(), Phase::Response));
+                }
+                match &this.rescue {
                     // A reset stays a reset.
                     Some(rescue) if error.reset().is_none() => {
                         let trailers = rescue.trailers(&failure);
-                        this.inner.set(None);
+                        this.inner = None;
                         Poll::Ready(Some(Ok(Frame::trailers(trailers))))
                     }
                     _ => Poll::Ready(Some(Err(error))),

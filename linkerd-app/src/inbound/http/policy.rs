@@ -239,8 +239,10 @@ impl PolicyService {
                     .context(format!("client {}", self.conn.client));
                 // Metrics count what the client sees of a dead application: an answer.
                 if is_endpoint_level(error.cause(), asked) {
-                    self.failed(&error);
-                    Ok(rescue.response(&error, asked))
+                    let code = self.failed(&error);
+                    let mut rsp = rescue.response(&error, asked);
+                    rsp.extensions_mut().insert(code);
+                    Ok(rsp)
                 } else {
                     Err(error)
                 }
@@ -309,10 +311,15 @@ impl PolicyService {
         }
     }
 
+    /// Where endings are counted.
+    pub(super) fn telemetry(&self) -> &Telemetry {
+        &self.guard.telemetry
+    }
+
     /// Where a failed request's error stops: it is counted and logged.
     pub(super) fn failed(&self, error: &Error) -> Code {
         let (client, target) = (self.conn.client, self.conn.target);
-        let code = Code::of(error.cause(), Phase::Request);
+        let code = error.code(Phase::Request);
         self.guard.telemetry.terminated(Direction::Inbound, code);
         match error.cause() {
             // They have families of their own, and were told in full where they were decided.
@@ -360,7 +367,9 @@ impl PolicyService {
         Decision::Allow {
             allowed: resolved.metrics.http_allow(&route.meta, &permit.meta),
             handles: Handles {
-                endpoint: self.endpoint(resolved, route, authz, None),
+                // What passes through the gateway counts as outbound (metrics.md 5.3).
+                endpoint: (self.conn.kind != Kind::Gateway).then(|| self.endpoint(resolved, route, authz, None)),
+                edge: (self.conn.kind != Kind::Gateway).then(|| self.guard.telemetry.clone()),
                 route: route_metrics,
                 profile: None,
             },
@@ -400,7 +409,7 @@ impl PolicyService {
         match (self.conn.kind, logical(req).filter(|name| is_name(name))) {
             (Kind::App, Some(name)) => {
                 let name = name.trim_end_matches('.').to_ascii_lowercase().into();
-                Handles { endpoint: self.endpoint(resolved, route, authz, Some(name)), ..handles.clone() }
+                Handles { endpoint: Some(self.endpoint(resolved, route, authz, Some(name))), ..handles.clone() }
             }
             _ => handles.clone(),
         }
