@@ -80,7 +80,11 @@ impl Edge {
     async fn answer(self, req: Request<Body>) -> Result<Response<Body>, Reset> {
         let Inner { rt, routing } = &*self.0;
         let asked = Asked::of(&req);
-        match rt.in_flight.run(routing.call(req, &asked)).await {
+        // Until response headers; written out, because a future handed on is stored twice.
+        let slot = rt.in_flight.acquire().await;
+        let result = routing.call(req, &asked).await;
+        drop(slot);
+        match result {
             Ok(rsp) => Ok(finish(rt, rsp, &asked)),
             Err(error) => fail(rt, &error, &asked),
         }
