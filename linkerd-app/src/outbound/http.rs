@@ -82,7 +82,10 @@ impl Edge {
         let Inner { rt, routing } = &*self.0;
         let asked = Asked::of(&req);
         let mut cancellation = Cancellation { telemetry: &rt.telemetry, armed: true };
-        let answered = rt.in_flight.run(routing.call(req, &asked)).await;
+        // Until response headers; written out, because a future handed on is stored twice.
+        let slot = rt.in_flight.acquire().await;
+        let answered = routing.call(req, &asked).await;
+        drop(slot);
         cancellation.armed = false;
         match answered {
             Ok(rsp) => Ok(finish(rt, rsp, &asked)),

@@ -101,12 +101,11 @@ impl Limits {
         &self,
         started: Instant,
         progress: Option<&Arc<Progress>>,
-        response: impl Future<Output = Result<T, Error>>,
+        mut response: Pin<&mut impl Future<Output = Result<T, Error>>>,
     ) -> Result<T, Error> {
         if self.is_unlimited() {
             return response.await;
         }
-        let mut response = pin!(response);
         let mut sleep = pin!(sleep_until(started));
         loop {
             let mut ended = pin!(async {
@@ -233,8 +232,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_attempt_without_limits_waits() {
         let limits = Limits { request: Some((Instant::now() + S, S)), ..Limits::default() };
-        assert!(tokio::time::timeout(100 * S, limits.headers(Instant::now(), None, never())).await.is_err());
-        assert!(limits.headers(Instant::now(), None, async { Ok(()) }).await.is_ok());
+        assert!(tokio::time::timeout(100 * S, limits.headers(Instant::now(), None, pin!(never()))).await.is_err());
+        assert!(limits.headers(Instant::now(), None, pin!(async { Ok(()) })).await.is_ok());
     }
 
     #[track_caller]
@@ -247,7 +246,7 @@ mod tests {
     async fn the_response_clock_starts_when_the_request_has_been_sent() {
         let started = Instant::now();
         let limits = Limits { response: Some(2 * S), ..Limits::default() };
-        check(limits.headers(started, None, never()).await, started, Cause::ResponseTimeout(2 * S), 2 * S);
+        check(limits.headers(started, None, pin!(never())).await, started, Cause::ResponseTimeout(2 * S), 2 * S);
 
         let started = Instant::now();
         let progress = Progress::new(started);
@@ -257,7 +256,7 @@ mod tests {
             sender.end();
         });
         let limits = Limits { response: Some(9 * S), headers: Some(2 * S), ..Limits::default() };
-        let result = limits.headers(started, Some(&progress), never()).await;
+        let result = limits.headers(started, Some(&progress), pin!(never())).await;
         check(result, started, Cause::ResponseHeadersTimeout(2 * S), 7 * S);
     }
 
@@ -271,12 +270,13 @@ mod tests {
             sender.frame();
         });
         let limits = Limits { idle: Some(2 * S), ..Limits::default() };
-        let result = limits.headers(started, Some(&progress), never()).await;
+        let result = limits.headers(started, Some(&progress), pin!(never())).await;
         check(result, started, Cause::IdleTimeout(2 * S), 3 * S);
 
         let progress = Progress::new(Instant::now());
         progress.end();
-        let waiting = limits.headers(Instant::now(), Some(&progress), never());
+        let never = pin!(never());
+        let waiting = limits.headers(Instant::now(), Some(&progress), never);
         assert!(tokio::time::timeout(100 * S, waiting).await.is_err());
     }
 
@@ -284,7 +284,7 @@ mod tests {
     async fn backend_request_limits_the_attempt() {
         let started = Instant::now();
         let limits = Limits { backend_request: Some((started + S, S)), response: Some(9 * S), ..Limits::default() };
-        check(limits.headers(started, None, never()).await, started, Cause::BackendRequestTimeout(S), S);
+        check(limits.headers(started, None, pin!(never())).await, started, Cause::BackendRequestTimeout(S), S);
     }
 
     #[tokio::test(start_paused = true)]

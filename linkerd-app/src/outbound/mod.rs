@@ -269,7 +269,9 @@ impl Outbound {
             async move {
                 let asked = Asked::of(&req);
                 let found = found.get_or_try_init(|| discover.find(target)).await?;
-                let rsp = rt.in_flight.run(http::call(found, req, &asked)).await?;
+                let slot = rt.in_flight.acquire().await;
+                let rsp = http::call(found, req, &asked).await?;
+                drop(slot);
                 Ok(http::finish(&rt, rsp, &asked))
             }
         })

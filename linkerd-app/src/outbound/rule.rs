@@ -34,7 +34,7 @@ use linkerd_stack::{
     replay::ReplayBody,
 };
 use rand::RngExt;
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 use tokio::{
     sync::Semaphore,
     time::{Instant, sleep, timeout_at},
@@ -179,7 +179,7 @@ impl Rule {
         };
         let result = {
             // Pinned here: each of the arms below would otherwise have room for a copy of its own.
-            let mut attempts = std::pin::pin!(exchange.attempts(req, route.as_ref(), judge.as_ref()));
+            let mut attempts = pin!(exchange.attempts(req, route.as_ref(), judge.as_ref()));
             match (exchange.deadline, self.profile_timeout()) {
                 (Some((at, t)), _) => {
                     timeout_at(at, attempts.as_mut()).await.unwrap_or_else(|_| Err(Cause::RequestTimeout(t).into()))
@@ -196,8 +196,8 @@ impl Rule {
                 if let Some(route) = &route {
                     Tracked::hook_route(&mut rsp, self.grpc, route, dispatched);
                 }
-                if let (Counted::Profile(profile), Some(rule)) = (&self.metrics, judge) {
-                    hook_profile(&mut rsp, profile, rule, false, dispatched);
+                if let (Counted::Profile(profile), Some(rule)) = (&self.metrics, &judge) {
+                    hook_profile(&mut rsp, profile, rule.clone(), false, dispatched);
                 }
                 Ok(rsp)
             }
@@ -257,9 +257,20 @@ impl Exchange<'_> {
         judge: Option<&classify::Rule>,
     ) -> Result<Response<Tracked>, Error> {
         let (req, max_bytes) = (self.count_frames(req, route), self.replay_bytes());
-        let Some(max_bytes) = max_bytes.filter(|_| !is_upgrade(&req)) else {
-            return self.attempt(req, None, true, judge).await;
-        };
+        match max_bytes.filter(|_| !is_upgrade(&req)) {
+            None => self.attempt(req, None, true, judge).await,
+            // Boxed, so that requests that are not retried don't pay for the room.
+            Some(max_bytes) => Box::pin(self.retrying(req, max_bytes, route, judge)).await,
+        }
+    }
+
+    async fn retrying(
+        &self,
+        req: Request<Body>,
+        max_bytes: usize,
+        route: Option<&Arc<RouteMetrics>>,
+        judge: Option<&classify::Rule>,
+    ) -> Result<Response<Tracked>, Error> {
         if let Some(budget) = &self.rule.budget {
             budget.deposit();
         }
@@ -445,8 +456,8 @@ impl Exchange<'_> {
         }
         // Boxed: the largest of these futures, which every one around it would else contain and copy several times. Earned
         // by `instructions`, outbound-http1 and outbound-http2.
-        let response = Box::pin(self.dispatch(backend, req, first));
-        match limits.headers(dispatched, self.progress.as_ref(), response).await {
+        let mut response = Box::pin(self.dispatch(backend, req, first));
+        match limits.headers(dispatched, self.progress.as_ref(), response.as_mut()).await {
             Ok(mut rsp) => {
                 rsp.body_mut().limit(limits.body(self.progress.as_ref()));
                 if let Some(metrics) = &backend.metrics {
