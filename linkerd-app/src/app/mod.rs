@@ -385,10 +385,7 @@ fn watch_control(control: &Arc<Control>, telemetry: &Telemetry, panels: &Panels)
         (!words.is_empty()).then(|| words.join("; "))
     });
     let weak = Arc::downgrade(control);
-    panels.add("discovery", move || {
-        let lookups = weak.upgrade().map(|control| control.status()).unwrap_or_default();
-        lookups.iter().map(|lookup| serde_json::Value::String(format!("{lookup:?}"))).collect()
-    });
+    panels.add("discovery", move || weak.upgrade().map_or(serde_json::Value::Null, |control| control.status_json()));
 }
 
 /// Metrics, health and a page about the folders of manifests.

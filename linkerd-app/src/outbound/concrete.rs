@@ -27,8 +27,9 @@ use std::{
     time::Duration,
 };
 use tokio::{
+    sync::mpsc,
     task::AbortHandle,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout_at},
 };
 
 /// Weight of a replica to which discovery gives none (resources.md: Linkerd's plain weight).
@@ -38,6 +39,21 @@ const PLAIN_WEIGHT: u32 = 10_000;
 /// as much again is added at random, so that proxies do not ask in step.
 const STALE_AFTER: Duration = Duration::from_secs(30);
 
+/// A replica that could not be connected to for this long makes the driver ask discovery anew, plus up to half as much
+/// at random: the stream may have gone stale without a word, and the replica's address may be another's by now. The time
+/// doubles while the answer stays the same, since a replica may just as well be broken.
+const REFUSED_FOR: Duration = Duration::from_secs(10);
+
+/// Where the doubling ends.
+const REFUSED_FOR_MAX: Duration = Duration::from_secs(600);
+
+/// How often replicas are looked at for that.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// After discovery was asked anew, its messages are gathered for this long before they replace what was known: the members
+/// of a federated service come in several, and those that are in use must not be gone in between.
+const GATHER: Duration = Duration::from_millis(200);
+
 /// What a replica's stack is, for the driver.
 pub(super) trait Replica: Send + Sync + 'static {
     /// Whether it can take work.
@@ -45,6 +61,9 @@ pub(super) trait Replica: Send + Sync + 'static {
 
     /// Why it can't, if so.
     fn unready(&self) -> Option<Unready>;
+
+    /// How long attempts to connect to it have failed, if they do.
+    fn refused_for(&self) -> Option<Duration>;
 }
 
 /// Why a replica takes no work.
@@ -225,22 +244,39 @@ async fn drive<E: Replica>(
     let mut known: BTreeMap<SocketAddr, Arc<EndpointMeta>> = BTreeMap::new();
     let gate = balance.gate();
     let Resolution(mut updates) = rt.source.resolve(&discovery);
+    // Whether discovery was asked anew and has not answered yet.
+    let mut anew = false;
+    let (mut patience, mut asked) = (REFUSED_FOR, Instant::now());
     loop {
-        let jitter = rand::rng().random_range(0.0..0.5);
-        let update = tokio::select! {
+        let jitter = rand::rng().random_range(1.0..1.5);
+        let mut update = tokio::select! {
             update = updates.recv() => update,
-            () = stale(&gate, STALE_AFTER.mul_f64(1.0 + jitter)) => {
+            () = stale(&gate, STALE_AFTER.mul_f64(jitter)) => {
                 tracing::info!(%discovery, "no endpoint has been ready for long; asking discovery again");
                 Resolution(updates) = rt.source.resolve(&discovery);
+                anew = true;
+                continue;
+            }
+            endpoint = refusing(&balance, asked, patience.mul_f64(jitter)) => {
+                tracing::info!(%discovery, %endpoint, "an endpoint keeps refusing connections; asking discovery again");
+                Resolution(updates) = rt.source.resolve(&discovery);
+                anew = true;
+                (patience, asked) = ((patience * 2).min(REFUSED_FOR_MAX), Instant::now());
                 continue;
             }
         };
+        if std::mem::take(&mut anew)
+            && let Some(Update::Reset(first)) = update
+        {
+            update = Some(gather(first, &mut updates).await);
+        }
         let mut member = |endpoint: &Endpoint| {
             let weight = endpoint.meta.weight.unwrap_or(PLAIN_WEIGHT);
             let unchanged = known.get(&endpoint.addr).is_some_and(|meta| *meta == endpoint.meta);
             if unchanged && let Some(member) = balance.member(&endpoint.addr) {
                 return (endpoint.addr, member);
             }
+            patience = REFUSED_FOR;
             let replica = build(endpoint);
             let ready = replica.ready();
             (endpoint.addr, Member { service: Arc::new(replica), ready, weight })
@@ -269,6 +305,38 @@ async fn drive<E: Replica>(
                 return;
             }
             None => return,
+        }
+    }
+}
+
+/// Messages of a new stream, as one: those that come at once. A failure is told by the next.
+async fn gather(first: Vec<Endpoint>, updates: &mut mpsc::Receiver<Update>) -> Update {
+    let due = Instant::now() + GATHER;
+    let mut set: BTreeMap<SocketAddr, Endpoint> = first.into_iter().map(|e| (e.addr, e)).collect();
+    while let Ok(Some(update)) = timeout_at(due, updates.recv()).await {
+        match update {
+            Update::Reset(endpoints) => set = endpoints.into_iter().map(|e| (e.addr, e)).collect(),
+            Update::Add(endpoints) => set.extend(endpoints.into_iter().map(|e| (e.addr, e))),
+            Update::Remove(addrs) => addrs.iter().for_each(|addr| drop(set.remove(addr))),
+            Update::Fail(reason) => return Update::Fail(reason),
+        }
+    }
+    Update::Reset(set.into_values().collect())
+}
+
+/// Ends with the address of a replica that could not be connected to for `patience`, at least that long after discovery
+/// was `asked`.
+async fn refusing<E: Replica>(balance: &Balance<SocketAddr, Arc<E>>, asked: Instant, patience: Duration) -> SocketAddr {
+    loop {
+        sleep(LOOK).await;
+        if asked.elapsed() < patience {
+            continue;
+        }
+        let refused = |addr: &SocketAddr| {
+            balance.get(addr).and_then(|replica| replica.refused_for()).is_some_and(|refused| refused >= patience)
+        };
+        if let Some(status) = balance.status().into_iter().find(|status| refused(&status.key)) {
+            return status.key;
         }
     }
 }

@@ -21,8 +21,13 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
+    time::Duration,
 };
-use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
+use tokio::{
+    io::AsyncWriteExt,
+    net::TcpStream,
+    time::{Instant, timeout},
+};
 
 /// Opens connections to one replica. Clones are the same connector.
 #[derive(Clone)]
@@ -37,7 +42,16 @@ struct Inner {
     header: Option<[Bytes; 3]>,
     metrics: Arc<ConnMetrics>,
     /// Of the last attempt, if it failed: what is told when nothing is ready.
-    failure: Mutex<Option<Error>>,
+    failure: Mutex<Option<Failing>>,
+}
+
+/// A replica that could not be connected to.
+struct Failing {
+    error: Error,
+    /// The first failure since a success.
+    since: Instant,
+    /// Failures since then.
+    attempts: u32,
 }
 
 /// A connection to a replica.
@@ -113,13 +127,24 @@ impl Connector {
         };
         let phase = if handshaking.load(Relaxed) { Phase::Tls } else { Phase::Connect };
         let result = result.map_err(|error| error.during(phase));
-        *self.0.failure.lock() = result.as_ref().err().cloned();
+        let mut failure = self.0.failure.lock();
+        *failure = result.as_ref().err().map(|error| {
+            let (since, attempts) = failure.as_ref().map_or((Instant::now(), 0), |f| (f.since, f.attempts));
+            Failing { error: error.clone(), since, attempts: attempts.saturating_add(1) }
+        });
+        drop(failure);
         result
     }
 
     /// Why the last attempt to connect failed, if it did.
     pub(super) fn failure(&self) -> Option<Error> {
-        self.0.failure.lock().clone()
+        self.0.failure.lock().as_ref().map(|failing| failing.error.clone())
+    }
+
+    /// How long no attempt has succeeded, if at least two failed meanwhile: one may be bad luck.
+    pub(super) fn refused_for(&self) -> Option<Duration> {
+        let failure = self.0.failure.lock();
+        failure.as_ref().filter(|failing| failing.attempts >= 2).map(|failing| failing.since.elapsed())
     }
 
     /// Sets `handshaking` while the TLS handshake is under way.

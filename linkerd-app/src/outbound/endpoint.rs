@@ -116,6 +116,11 @@ impl HttpEndpoint {
         (!self.client.ready().get()).then(|| Unready::Unconnected(self.connector.failure()))
     }
 
+    /// How long it could not be connected to, if so.
+    pub(super) fn refused_for(&self) -> Option<Duration> {
+        self.connector.refused_for()
+    }
+
     /// Leave from the breaker. None if it shut between the pick and now.
     pub(super) fn admit(&self) -> Option<Option<Permit>> {
         match &self.breaker {

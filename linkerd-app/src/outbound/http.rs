@@ -48,6 +48,8 @@ pub(super) enum Routing {
     Ingress(Named, Target),
     /// To what the request itself names: the client knows that it talks to a proxy.
     Explicit(Named),
+    /// Nowhere, for this reason.
+    Unknown(Error),
 }
 
 /// Destinations by name. A connection seldom changes its destination, so the last one is kept.
@@ -163,6 +165,7 @@ impl Routing {
     async fn call(&self, mut req: Request<Body>, asked: &Asked) -> Result<Response<Tracked>, Error> {
         match self {
             Self::Fixed(found) => call(found, req, asked).await,
+            Self::Unknown(error) => Err(error.clone()),
             Self::Ingress(named, original) => {
                 let target =
                     match req.headers_mut().remove(L5D_DST_OVERRIDE) {

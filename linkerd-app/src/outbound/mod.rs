@@ -50,6 +50,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     num::NonZeroU32,
     sync::Arc,
+    time::Duration,
 };
 use tokio::{net::TcpStream, sync::OnceCell};
 
@@ -62,6 +63,10 @@ pub struct Outbound {
     rt: Arc<Runtime>,
     discover: Arc<Discover>,
 }
+
+/// How long the first bytes of a connection are waited for only to say that its destination is unknown. A client that
+/// speaks first has long spoken by then.
+const UNKNOWN_DETECT: Duration = Duration::from_secs(1);
 
 /// What every stage shares.
 struct Runtime {
@@ -173,7 +178,10 @@ impl Outbound {
         if self.rt.config.ingress_mode {
             return self.ingress(io, counted, target, drain).await;
         }
-        let found = self.discover.find(Target::Addr(target)).await?;
+        let found = match self.discover.find(Target::Addr(target)).await {
+            Ok(found) => found,
+            Err(error) => return self.unknown(io, counted, error, drain).await,
+        };
         let spoken = protocol::decide(&self.rt, &found, &mut io).await;
         match spoken.map_err(|error| error.during(Phase::Detect))? {
             Spoken::Http(version, read) => {
@@ -191,6 +199,23 @@ impl Outbound {
                 let route = found.tcp().get().route(None)?;
                 route.forward(Client::Tcp(io, read, counted), None, None).await
             }
+        }
+    }
+
+    /// A connection to a destination that could not be looked up. Clients that speak HTTP are told why; the connection
+    /// ends with the answer, since the next look-up may go better.
+    async fn unknown(
+        &self,
+        mut io: TcpStream,
+        counted: Metered<(), ConnMetrics>,
+        error: Error,
+        drain: drain::Watch,
+    ) -> Result<(), Error> {
+        match protocol::http(UNKNOWN_DETECT.min(self.rt.config.detect_timeout), &mut io).await {
+            Ok((Some(version), read)) => {
+                self.http(version, counted.around(PrefixedIo::new(read, io)), Routing::Unknown(error), drain).await
+            }
+            Ok((None, _)) | Err(_) => Err(error),
         }
     }
 

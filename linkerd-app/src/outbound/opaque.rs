@@ -77,6 +77,10 @@ impl Replica for TcpEndpoint {
     fn unready(&self) -> Option<Unready> {
         None
     }
+
+    fn refused_for(&self) -> Option<Duration> {
+        self.connector.refused_for()
+    }
 }
 
 /// A connection to a replica, with its share of the replica's load.

@@ -122,6 +122,10 @@ impl Replica for HttpEndpoint {
     fn unready(&self) -> Option<Unready> {
         HttpEndpoint::unready(self)
     }
+
+    fn refused_for(&self) -> Option<Duration> {
+        HttpEndpoint::refused_for(self)
+    }
 }
 
 /// A request's journey through a rule: what all attempts share.

@@ -34,6 +34,7 @@ struct Script {
     endpoints: Mutex<HashMap<String, Vec<Endpoint>>>,
     streams: Mutex<HashMap<String, mpsc::Sender<Update>>>,
     lookups: AtomicUsize,
+    resolutions: AtomicUsize,
 }
 
 impl Script {
@@ -68,6 +69,7 @@ impl Source for Script {
     }
 
     fn resolve(&self, discovery: &str) -> Resolution {
+        self.resolutions.fetch_add(1, SeqCst);
         let (tx, rx) = mpsc::channel(8);
         if let Some(endpoints) = self.endpoints.lock().get(discovery) {
             tx.try_send(Update::Reset(endpoints.clone())).unwrap();
@@ -723,6 +725,78 @@ async fn a_dead_replica_does_not_cost_a_connection() {
         client.read_to_string(&mut rsp).await.unwrap();
         assert!(rsp.ends_with("\r\n\r\na"), "{rsp}");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn http_clients_are_told_why_their_destination_is_unknown() {
+    let w = world();
+    let mut client = connect(&w, Some("10.0.0.1:80".parse().unwrap())).await;
+    client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    let mut rsp = String::new();
+    client.read_to_string(&mut rsp).await.unwrap();
+    assert!(rsp.starts_with("HTTP/1.1 503 "), "{rsp}");
+    assert!(rsp.contains("l5d-proxy-error: discovery refused 10.0.0.1:80: unknown\r\n"), "{rsp}");
+    // The rest gets an end without a word.
+    let mut client = connect(&w, Some("10.0.0.1:80".parse().unwrap())).await;
+    client.write_all(b"\x01\x02 no HTTP\r\n").await.unwrap();
+    assert!(!matches!(client.read_to_string(&mut rsp).await, Ok(n) if n > 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_that_keeps_refusing_leads_to_a_fresh_lookup() {
+    let w = world();
+    let (_port, gone) = refusing();
+    w.serve("a", &[gone]).await;
+    w.script.set_policy(name("web"), policy(vec![to("a")]));
+    // One request a second for so long; the number of look-ups since the beginning.
+    let look = async |seconds| {
+        for _ in 0..seconds {
+            w.get("/").await;
+            tokio::time::sleep(1_000 * MS).await;
+        }
+        w.script.resolutions.load(SeqCst)
+    };
+    assert_eq!(look(9).await, 1);
+    assert_eq!(look(10).await, 2);
+    // The same answer: more patience.
+    assert_eq!(look(15).await, 2);
+    let good = named("a").await;
+    w.serve("a", &[good]).await;
+    look(20).await;
+    assert_eq!(w.get("/").await, (StatusCode::OK, "a".into()));
+    let lookups = w.script.resolutions.load(SeqCst);
+    assert_eq!(look(120).await, lookups, "and all is quiet");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fresh_lookup_gathers_before_it_replaces() {
+    let w = world();
+    let (_port, gone) = refusing();
+    let (a, b) = (named("a").await, named("b").await);
+    w.serve("a", &[gone, a, b]).await;
+    w.script.set_policy(name("web"), policy(vec![to("a")]));
+    let members = || {
+        let status = w.outbound.status();
+        let of = &status["targets"][0]["http"][0]["backends"]["backend default.a"]["endpoints"];
+        let mut addrs: Vec<SocketAddr> =
+            of.as_array().unwrap().iter().map(|e| e["addr"].as_str().unwrap().parse().unwrap()).collect();
+        addrs.sort();
+        addrs
+    };
+    let sorted = |mut addrs: Vec<SocketAddr>| {
+        addrs.sort();
+        addrs
+    };
+    w.get("/").await;
+    w.serve("a", &[a]).await;
+    while w.script.resolutions.load(SeqCst) < 2 {
+        w.get("/").await;
+        tokio::time::sleep(50 * MS).await;
+    }
+    assert_eq!(members(), sorted(vec![gone, a, b]));
+    w.script.update("a", Update::Add(vec![Endpoint::bare(b)])).await;
+    tokio::time::sleep(300 * MS).await;
+    assert_eq!(members(), sorted(vec![a, b]));
 }
 
 /// One allocation per request holds everything that a request needs on its way; a future that is handed on by value is
