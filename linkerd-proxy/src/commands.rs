@@ -2,7 +2,7 @@
 
 use crate::{
     cli::{Await, Check, Cli, Command, Identity, Names, Redirect, Run, Validate},
-    runtime,
+    runtime, secrecy,
 };
 use clap::Parser;
 use linkerd_app::{
@@ -140,6 +140,9 @@ const MAX_REFRESH: Duration = Duration::from_secs(24 * 60 * 60);
 const CUT: Duration = Duration::from_secs(1);
 
 fn serve(config: Config, home: Home, log: log::Handle, traffic: Runtime) -> ExitCode {
+    if !config.core_dumps {
+        secrecy::keep();
+    }
     let telemetry = Telemetry::new(config.metrics);
     let env = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect();
     let access_log = match access_log(&telemetry) {

@@ -3,6 +3,7 @@
 mod cli;
 mod commands;
 mod runtime;
+mod secrecy;
 
 use std::{path::Path, process::ExitCode};
 

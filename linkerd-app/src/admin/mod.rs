@@ -11,7 +11,8 @@ pub use self::serve::Server;
 
 use crate::{
     error::Error,
-    telemetry::{Telemetry, log},
+    http::rescue::L5D_PROXY_ERROR,
+    telemetry::{Condition, Telemetry, log},
 };
 use bytes::Bytes;
 use flate2::{Compression, write::GzEncoder};
@@ -118,8 +119,8 @@ impl Admin {
         }
     }
 
-    /// Plain `/ready` depends on the first certificate alone; `?verbose` adds what else an operator should know, and does not
-    /// change the status.
+    /// Plain `/ready` depends on the first certificate alone; a 503 says in a header why there is none, as far as that is
+    /// known. `?verbose` adds what else an operator should know, and does not change the status.
     fn ready(&self, query: Option<&str>) -> Response<Body> {
         let ready = self.0.ready.get();
         let mut body = if ready { "ready\n" } else { "not ready\n" }.to_string();
@@ -135,6 +136,14 @@ impl Admin {
         }
         let mut response = Response::new(Body::full(body));
         *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+        let problems = self.0.telemetry.health().problems();
+        let why = problems.iter().find(|(condition, _)| *condition == Condition::CertificateFailing);
+        let why = why.map_or("waiting for the first certificate", |(_, problem)| problem.as_str());
+        // Other people's words may hold what a header may not.
+        let why: String = why.chars().map(|c| if c.is_ascii_graphic() { c } else { ' ' }).collect();
+        if let Ok(why) = HeaderValue::try_from(why) {
+            response.headers_mut().insert(L5D_PROXY_ERROR, why);
+        }
         response
     }
 

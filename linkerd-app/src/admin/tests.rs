@@ -64,6 +64,20 @@ fn verbose_readiness_tells_more_and_keeps_the_status() {
     check(bad(), REMOTE, get("/ready"), 200, TEXT, "ready\n");
 }
 
+#[tokio::test]
+async fn a_503_says_why_in_a_header() {
+    let options = Options { ready: Ready::new(false), ..options() };
+    let (health, admin) = (options.telemetry.clone(), Admin::new(options));
+    let (status, headers, _) = ask(&admin, REMOTE, get("/ready"), "").await;
+    assert_eq!(
+        (status, &headers["l5d-proxy-error"]),
+        (503, &HeaderValue::from_static("waiting for the first certificate"))
+    );
+    health.health().add(Condition::CertificateFailing, || Some("token /t is\nempty".into()));
+    let (_, headers, _) = ask(&admin, REMOTE, get("/ready"), "").await;
+    assert_eq!(headers["l5d-proxy-error"], "token /t is empty");
+}
+
 #[test]
 fn environment() {
     let all = r#"{"A":"1","DB_PASSWORD":"hunter2","LINKERD2_PROXY_IDENTITY_TOKEN_FILE":"/t"}"#;

@@ -293,7 +293,7 @@ async fn wait(ask: &mut mpsc::Receiver<()>, signals: &mut mpsc::Receiver<&'stati
 impl Daemon {
     /// Serves the admin port and keeps the certificate fresh, for the life of the process.
     pub async fn run(self) {
-        let observer = self.telemetry.identity();
+        let observer = Attempts::watched(&self.telemetry);
         let (admin, listener) = self.admin;
         let _ = watch_tasks(
             vec![("serving the admin port".into(), tokio::spawn(admin.serve(listener)).abort_handle())],
@@ -315,12 +315,29 @@ impl Daemon {
     }
 }
 
-impl identity::Observer for IdentityMetrics {
-    fn refreshed(&self, result: Result<SystemTime, ()>) {
+/// Counts attempts at a certificate, and remembers why the last one failed.
+struct Attempts {
+    metrics: Arc<IdentityMetrics>,
+    failing: Arc<Mutex<Option<String>>>,
+}
+
+impl Attempts {
+    /// Its failures are a health condition from now on, until an attempt succeeds.
+    fn watched(telemetry: &Telemetry) -> Self {
+        let failing = Arc::new(Mutex::new(None));
+        let told = failing.clone();
+        telemetry.health().add(Condition::CertificateFailing, move || told.lock().clone());
+        Self { metrics: telemetry.identity(), failing }
+    }
+}
+
+impl identity::Observer for Attempts {
+    fn refreshed(&self, result: Result<SystemTime, &str>) {
         match result {
-            Ok(expiry) => Self::refreshed(self, expiry),
-            Err(()) => self.failed(),
+            Ok(expiry) => self.metrics.refreshed(expiry),
+            Err(_) => self.metrics.failed(),
         }
+        *self.failing.lock() = result.err().map(Into::into);
     }
 }
 
@@ -479,6 +496,18 @@ mod tests {
         assert_eq!(told(), 1);
         over.set(true);
         assert_eq!(told(), 0);
+    }
+
+    #[test]
+    fn the_last_failure_is_told_until_an_attempt_succeeds() {
+        use identity::Observer;
+        let telemetry = Telemetry::new(config::Metrics::default());
+        let attempts = Attempts::watched(&telemetry);
+        attempts.refreshed(Err("first"));
+        attempts.refreshed(Err("second"));
+        assert_eq!(telemetry.health().problems(), [(Condition::CertificateFailing, "second".into())]);
+        attempts.refreshed(Ok(SystemTime::now() + Duration::from_secs(60)));
+        assert_eq!(telemetry.health().problems(), []);
     }
 
     #[tokio::test]

@@ -140,6 +140,7 @@ settings! {
     "LINKERD2_PROXY_TAP_SVC_NAME", "identity", "unset", "The only client that may tap; unset = tap off.";
     "LINKERD2_PROXY_SHUTDOWN_GRACE_PERIOD", "duration", "2m", "Longest drain.";
     "LINKERD2_PROXY_SHUTDOWN_ENDPOINT_ENABLED", "bool", "false", "Enables POST /shutdown.";
+    "LINKERD2_PROXY_CORE_DUMPS", "bool", "false", "true: the kernel may write core files, and debuggers of the same user may attach. Both see private keys.";
     "LINKERD2_PROXY_INBOUND_CONNECT_TIMEOUT", "duration", "300ms", "Connecting to the local application.";
     "LINKERD2_PROXY_OUTBOUND_CONNECT_TIMEOUT", "duration", "1s", "Connecting to peers and to the control plane, TLS included.";
     "LINKERD2_PROXY_INBOUND_CONNECT_EXP_BACKOFF_MIN", "duration", "100ms", "First wait before connecting again; goes with MAX.";
@@ -209,6 +210,9 @@ const KNOWN_ELSEWHERE: &[&str] = &[
     "LINKERD2_PROXY_TRACE_ANNOTATIONS_PATH",
 ];
 
+/// What turns tracing on in the original.
+const TRACE_COLLECTOR: &str = "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_ADDR";
+
 /// Set by the injector; enforced by policy alone (contract.md 1.18).
 const NO_EFFECT: &[&str] =
     &["LINKERD2_PROXY_INBOUND_PORTS_REQUIRE_IDENTITY", "LINKERD2_PROXY_INBOUND_PORTS_REQUIRE_TLS"];
@@ -227,6 +231,9 @@ pub fn parse(
 ) -> Result<Parsed, Invalid> {
     let mut env = Reader { lookup, faults: Vec::new(), warnings: Vec::new(), class: None };
     let config = config(&mut env, mode);
+    if (env.lookup)(TRACE_COLLECTOR).is_some() {
+        env.warnings.push(format!("{TRACE_COLLECTOR} has no effect: this proxy exports no traces yet"));
+    }
     for name in names {
         if NO_EFFECT.contains(&&*name) {
             env.warnings.push(format!("{name} has no effect: the policy controller enforces it"));
@@ -359,6 +366,7 @@ fn config(env: &mut Reader<'_>, mode: Mode) -> Option<Config> {
         max_series: env.or("LINKERD2_PROXY_METRICS_MAX_SERIES", max_series, s::integer),
     };
     let shutdown_grace_period = env.or("LINKERD2_PROXY_SHUTDOWN_GRACE_PERIOD", SECOND * 120, s::duration);
+    let core_dumps = env.or("LINKERD2_PROXY_CORE_DUMPS", false, s::boolean);
     let dns = Dns {
         min_ttl: env.parse("LINKERD2_PROXY_DNS_MIN_TTL", s::duration),
         max_ttl: env.parse("LINKERD2_PROXY_DNS_MAX_TTL", s::duration),
@@ -371,7 +379,19 @@ fn config(env: &mut Reader<'_>, mode: Mode) -> Option<Config> {
             (Some(identity?), Some(control?))
         }
     };
-    Some(Config { inbound, outbound, gateway, admin, identity, control, tap, metrics, shutdown_grace_period, dns })
+    Some(Config {
+        inbound,
+        outbound,
+        gateway,
+        admin,
+        identity,
+        control,
+        tap,
+        metrics,
+        shutdown_grace_period,
+        core_dumps,
+        dns,
+    })
 }
 
 fn inbound(
@@ -987,11 +1007,12 @@ mod tests {
                 ("LINKERD2_PROXY_INBOUND_SERVER_HTTP2_KEEP_ALIVE_INTERVAL", "10s"),
                 ("LINKERD2_PROXY_INBOUND_PORTS_REQUIRE_TLS", "8080"),
                 ("LINKERD2_PROXY_TYPO", "1"),
+                ("LINKERD2_PROXY_TRACE_COLLECTOR_SVC_ADDR", "collector.linkerd-jaeger:4317"),
             ],
             Mode::Linkerd,
         )
         .expect("valid");
-        for name in ["KEEP_ALIVE_INTERVAL", "REQUIRE_TLS", "LINKERD2_PROXY_TYPO"] {
+        for name in ["KEEP_ALIVE_INTERVAL", "REQUIRE_TLS", "LINKERD2_PROXY_TYPO", "no traces"] {
             assert!(parsed.warnings.iter().any(|w| w.contains(name)), "{name}: {:?}", parsed.warnings);
         }
     }

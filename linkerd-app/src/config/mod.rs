@@ -36,6 +36,8 @@ pub struct Config {
     pub metrics: Metrics,
     /// Longest drain, 1.12.
     pub shutdown_grace_period: Duration,
+    /// Whether the kernel may write core files of this process, private keys included.
+    pub core_dumps: bool,
     /// Clamp on DNS TTLs, 1.17.
     pub dns: Dns,
 }

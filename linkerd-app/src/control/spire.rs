@@ -31,8 +31,8 @@ const MAX_CERTIFICATES: usize = 64;
 /// What comes of following the agent.
 #[derive(Debug)]
 pub enum Event {
-    /// A new identity; not verified yet.
-    Svid(Certificate),
+    /// A new identity, not verified yet, and the trust anchors of its trust domain, DER.
+    Svid(Certificate, Vec<Vec<u8>>),
     /// The agent is away or said something useless; it is asked again after `delay`.
     Failed {
         /// In words.
@@ -82,7 +82,7 @@ impl Agent {
             Ok(Some(response)) => {
                 self.attempt = 0;
                 match pick(response, &self.id) {
-                    Ok(svid) => Event::Svid(svid),
+                    Ok((svid, bundle)) => Event::Svid(svid, bundle),
                     Err(reason) => Event::Failed { reason, delay: None },
                 }
             }
@@ -107,12 +107,15 @@ impl Agent {
 /// Installs every identity that the agent has for us, for the life of the process. What is installed stays in force
 /// through every failure. Ends only if the agent refuses for good.
 pub async fn run(mut agent: Agent, mut installer: Installer, observer: impl Observer) {
+    let configured = installer.trust_anchors();
     let mut waiting = false;
     loop {
         match agent.next().await {
-            Event::Svid(certificate) => {
+            Event::Svid(certificate, bundle) => {
                 waiting = false;
-                if let Err(error) = installer.install(None, certificate, &observer) {
+                // Roots that the agent no longer names are no longer trusted; the configured ones always are.
+                let roots = configured.extended(&bundle);
+                if let Err(error) = installer.install(Some(roots), certificate, &observer) {
                     tracing::error!(id = %installer.id(), %error, "SVID is refused; the last one stays in force");
                 }
             }
@@ -122,17 +125,17 @@ pub async fn run(mut agent: Agent, mut installer: Installer, observer: impl Obse
                     tracing::debug!(reason, ?delay, "Still waiting for the SPIRE agent");
                 } else {
                     tracing::warn!(reason, "Waiting for the SPIRE agent");
-                    observer.refreshed(Err(()));
+                    observer.refreshed(Err(&reason));
                 }
                 waiting = true;
             }
             Event::Failed { reason, delay: None } => {
                 tracing::error!(reason, "SPIRE agent's answer can't be used");
-                observer.refreshed(Err(()));
+                observer.refreshed(Err(&reason));
             }
             Event::Refused(reason) => {
                 tracing::error!(reason, "SPIRE agent refuses; the process must be restarted once that is mended");
-                observer.refreshed(Err(()));
+                observer.refreshed(Err(&reason));
                 return;
             }
         }
@@ -160,11 +163,10 @@ async fn fetch(socket: PathBuf) -> Result<tonic::Streaming<proto::X509SvidRespon
     Ok(grpc.server_streaming(request, path, tonic_prost::ProstCodec::default()).await?.into_inner())
 }
 
-/// The SVID of the identity.
-///
-/// Its bundle is not used: whom this proxy trusts is what the configuration says (contract.md 7.3), and the SVID must chain to
-/// that.
-fn pick(response: proto::X509SvidResponse, id: &Id) -> Result<Certificate, String> {
+/// The SVID of the identity, with its bundle. The bundle is trusted beside what the configuration says (the original trusts
+/// that alone, contract.md 7.3), so that the trust domain's root can be rotated by SPIRE without a restart. A bundle that
+/// can't be read counts as empty: the configured anchors may do.
+fn pick(response: proto::X509SvidResponse, id: &Id) -> Result<(Certificate, Vec<Vec<u8>>), String> {
     let ids: Vec<_> = response.svids.iter().map(|svid| svid.spiffe_id.clone()).collect();
     let Some(svid) = response.svids.into_iter().find(|svid| svid.spiffe_id == id.as_str()) else {
         return Err(format!("SPIRE agent has no SVID for {id}, only for {ids:?}: check the registration entry"));
@@ -174,7 +176,12 @@ fn pick(response: proto::X509SvidResponse, id: &Id) -> Result<Certificate, Strin
         return Err(format!("SVID of {id} lacks its certificate or its key"));
     }
     let key = Key::from_pkcs8(svid.x509_svid_key.into());
-    Certificate::from_der(chain, key).map_err(|error| format!("SVID of {id}: {error}"))
+    let bundle = split_der(&svid.bundle).unwrap_or_else(|| {
+        tracing::warn!(%id, "SPIRE agent's bundle is not a sequence of certificates; it is ignored");
+        Vec::new()
+    });
+    let svid = Certificate::from_der(chain, key).map_err(|error| format!("SVID of {id}: {error}"))?;
+    Ok((svid, bundle))
 }
 
 /// Splits concatenated DER sequences (X.690, 8.1.3); none if they are anything else.
@@ -243,6 +250,8 @@ mod proto {
         pub(super) x509_svid: Bytes,
         #[prost(bytes = "bytes", tag = "3")]
         pub(super) x509_svid_key: Bytes,
+        #[prost(bytes = "bytes", tag = "4")]
+        pub(super) bundle: Bytes,
     }
 
     /// Without the key.
@@ -274,6 +283,7 @@ mod tests {
             spiffe_id: id.into(),
             x509_svid: [issued.leaf, issued.intermediates.concat()].concat().into(),
             x509_svid_key: issued.key_pkcs8.secret_der().to_vec().into(),
+            bundle: Bytes::new(),
         };
         proto::X509SvidResponse { svids: vec![svid] }
     }
@@ -313,6 +323,84 @@ mod tests {
         (Agent::new(socket.clone(), ID.parse().unwrap(), backoff), socket)
     }
 
+    /// An agent that gives each request the next answer, and ends the stream; the last answer is repeated.
+    fn serve(socket: &PathBuf, answers: Vec<proto::X509SvidResponse>) {
+        let listener = tokio::net::UnixListener::bind(socket).unwrap();
+        tokio::spawn(async move {
+            let mut answers = answers.into_iter().peekable();
+            loop {
+                let (io, _) = listener.accept().await.unwrap();
+                let answer = answers.next().unwrap();
+                if answers.peek().is_none() {
+                    answers = vec![answer.clone()].into_iter().peekable();
+                }
+                let service = hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
+                    assert_eq!(request.uri().path(), "/SpiffeWorkloadAPI/FetchX509SVID");
+                    assert_eq!(request.headers()["workload.spiffe.io"], "true");
+                    let message = prost::Message::encode_to_vec(&answer);
+                    let mut frame = vec![0];
+                    frame.extend_from_slice(&u32::try_from(message.len()).unwrap().to_be_bytes());
+                    frame.extend_from_slice(&message);
+                    let response = Response::builder().header("content-type", "application/grpc");
+                    let response = response.body(http_body_util::Full::new(Bytes::from(frame))).unwrap();
+                    std::future::ready(Ok::<_, std::convert::Infallible>(response))
+                });
+                let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+                tokio::spawn(server.serve_connection(TokioIo::new(io), service));
+            }
+        });
+    }
+
+    #[derive(Clone, Default)]
+    struct Seen(std::sync::Arc<parking_lot::Mutex<Vec<Result<(), String>>>>);
+
+    impl Observer for Seen {
+        fn refreshed(&self, result: Result<std::time::SystemTime, &str>) {
+            self.0.lock().push(result.map(drop).map_err(Into::into));
+        }
+    }
+
+    #[tokio::test]
+    async fn the_bundle_is_trusted_beside_the_configured_anchors_and_only_as_long_as_it_is_told() {
+        let dir = std::env::temp_dir().join(format!("spire-configured-{}", std::process::id()));
+        ca::init(&dir, &ca::Init::default()).unwrap();
+        let trust_anchors = std::fs::read_to_string(dir.join("ca.crt")).unwrap();
+        std::fs::remove_dir_all(dir).unwrap();
+        let (agent, socket) = agent("bundle");
+        let backoff = client::Backoff { min: Duration::from_millis(10), max: Duration::from_millis(20), jitter: 0.0 };
+        let (reader, task) = crate::identity::prepare(&crate::config::Identity {
+            id: ID.parse().unwrap(),
+            server_name: "web".parse().unwrap(),
+            issuer: crate::config::Issuer::Spire { trust_anchors, socket: socket.clone(), backoff },
+            min_refresh: Duration::from_secs(10),
+            max_refresh: Duration::from_secs(60),
+        })
+        .unwrap();
+        let crate::identity::Task::Pushed(installer) = task else { panic!() };
+        // Of an authority that is not configured: refused, and accepted once the agent vouches for it.
+        let foreign = response(ID);
+        let mut vouched = response(ID);
+        let chain = split_der(&vouched.svids[0].x509_svid).unwrap();
+        vouched.svids[0].bundle = chain[1..].concat().into();
+        let junk = |mut response: proto::X509SvidResponse| {
+            response.svids[0].bundle = Bytes::from_static(b"junk");
+            response
+        };
+        serve(&socket, vec![foreign, vouched.clone(), junk(vouched)]);
+        let seen = Seen::default();
+        let task = tokio::spawn(run(agent, installer, seen.clone()));
+        reader.ready().await;
+        assert_eq!(reader.trust_anchor_count(), 2);
+        let refusals =
+            || seen.0.lock().iter().filter(|r| matches!(r, Err(why) if why.contains("trust anchor"))).count();
+        while refusals() < 2 {
+            time::sleep(Duration::from_millis(5)).await;
+        }
+        assert!(reader.is_ready(), "the last one stays in force");
+        task.abort();
+        std::fs::remove_file(socket).unwrap();
+    }
+
     #[tokio::test]
     async fn a_missing_agent_is_waited_for() {
         let (mut agent, socket) = agent("late");
@@ -320,23 +408,8 @@ mod tests {
             let Event::Failed { delay: Some(delay), .. } = agent.next().await else { panic!() };
             assert_eq!(delay, Duration::from_millis(expected));
         }
-        let listener = tokio::net::UnixListener::bind(&socket).unwrap();
-        tokio::spawn(async move {
-            let (io, _) = listener.accept().await.unwrap();
-            let service = hyper::service::service_fn(|request: Request<hyper::body::Incoming>| async move {
-                assert_eq!(request.uri().path(), "/SpiffeWorkloadAPI/FetchX509SVID");
-                assert_eq!(request.headers()["workload.spiffe.io"], "true");
-                let message = prost::Message::encode_to_vec(&response(ID));
-                let mut frame = vec![0];
-                frame.extend_from_slice(&u32::try_from(message.len()).unwrap().to_be_bytes());
-                frame.extend_from_slice(&message);
-                let response = Response::builder().header("content-type", "application/grpc");
-                Ok::<_, std::convert::Infallible>(response.body(http_body_util::Full::new(Bytes::from(frame))).unwrap())
-            });
-            let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-            let _ = server.serve_connection(TokioIo::new(io), service).await;
-        });
-        let Event::Svid(certificate) = agent.next().await else { panic!() };
+        serve(&socket, vec![response(ID)]);
+        let Event::Svid(certificate, _) = agent.next().await else { panic!() };
         assert_eq!(certificate.ids().unwrap(), [ID.parse().unwrap()]);
         // The agent ends the stream; it is asked again.
         assert!(matches!(agent.next().await, Event::Failed { delay: Some(_), .. }));

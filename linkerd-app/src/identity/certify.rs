@@ -73,12 +73,13 @@ impl Certifying {
         let certified = match answer {
             Ok(Ok(certified)) => certified,
             Ok(Err(reason)) => {
-                observer.refreshed(Err(()));
+                observer.refreshed(Err(&reason));
                 return Err(reason);
             }
             Err(_) => {
-                observer.refreshed(Err(()));
-                return Err(format!("no answer within {ATTEMPT:?}"));
+                let reason = format!("no answer within {ATTEMPT:?}");
+                observer.refreshed(Err(&reason));
+                return Err(reason);
             }
         };
         let Certified { leaf, intermediates, expiry } = certified;
@@ -174,7 +175,7 @@ mod tests {
     }
 
     impl Observer for Counts {
-        fn refreshed(&self, result: Result<SystemTime, ()>) {
+        fn refreshed(&self, result: Result<SystemTime, &str>) {
             if result.is_ok() { &self.ok } else { &self.failed }.fetch_add(1, SeqCst);
         }
     }

@@ -206,7 +206,7 @@ impl Folder {
                         due = self.due(failures);
                     }
                     Err(error) => {
-                        observer.refreshed(Err(()));
+                        observer.refreshed(Err(&error.to_string()));
                         tracing::error!(%error, "The identity folder changed and is refused; the certificate in force stays");
                     }
                 }
@@ -234,7 +234,10 @@ impl Folder {
     }
 
     fn install(&mut self, observer: &impl Observer) -> Result<(), Error> {
-        let certificate = self.source.certificate(self.installer.id()).inspect_err(|_| observer.refreshed(Err(())))?;
+        let certificate = self
+            .source
+            .certificate(self.installer.id())
+            .inspect_err(|error| observer.refreshed(Err(&error.to_string())))?;
         let expiry = certificate.expiry;
         self.installer
             .install(Some(self.source.roots.clone()), certificate, observer)
@@ -372,7 +375,7 @@ pub(super) mod tests {
     struct Log(Arc<Mutex<Vec<bool>>>);
 
     impl Observer for Log {
-        fn refreshed(&self, result: Result<SystemTime, ()>) {
+        fn refreshed(&self, result: Result<SystemTime, &str>) {
             self.0.lock().unwrap().push(result.is_ok());
         }
     }

@@ -27,17 +27,17 @@ const STILL_WAITING: Duration = Duration::from_secs(15);
 
 /// Told about each attempt at a certificate.
 pub trait Observer: Send + Sync + 'static {
-    /// An attempt succeeded, with the new certificate's expiry, or failed.
-    fn refreshed(&self, result: Result<SystemTime, ()>);
+    /// An attempt succeeded, with the new certificate's expiry, or failed for the reason given in words.
+    fn refreshed(&self, result: Result<SystemTime, &str>);
 }
 
 /// Counts nothing.
 impl Observer for () {
-    fn refreshed(&self, _: Result<SystemTime, ()>) {}
+    fn refreshed(&self, _: Result<SystemTime, &str>) {}
 }
 
 impl<O: Observer> Observer for std::sync::Arc<O> {
-    fn refreshed(&self, result: Result<SystemTime, ()>) {
+    fn refreshed(&self, result: Result<SystemTime, &str>) {
         (**self).refreshed(result);
     }
 }
@@ -139,7 +139,7 @@ impl Installer {
                 Ok(())
             }
             Err(error) => {
-                observer.refreshed(Err(()));
+                observer.refreshed(Err(&error.to_string()));
                 Err(error)
             }
         }

@@ -10,6 +10,8 @@ use std::fmt;
 pub enum Condition {
     /// The workload certificate has expired.
     CertificateExpired,
+    /// The latest attempt at a certificate failed; the last one stays in force, if there is one.
+    CertificateFailing,
     /// A service of the control plane does not answer; the last policy stays in force.
     ControlPlaneLost,
     /// The manifests on disk were refused; the last good ones stay in force.
@@ -24,8 +26,9 @@ pub enum Condition {
 
 impl Condition {
     /// All of them, in order of printing.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::CertificateExpired,
+        Self::CertificateFailing,
         Self::ControlPlaneLost,
         Self::ManifestsRefused,
         Self::BoundExhausted,
@@ -37,6 +40,7 @@ impl Condition {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::CertificateExpired => "certificate_expired",
+            Self::CertificateFailing => "certificate_failing",
             Self::ControlPlaneLost => "control_plane_lost",
             Self::ManifestsRefused => "manifests_refused",
             Self::BoundExhausted => "bound_exhausted",
