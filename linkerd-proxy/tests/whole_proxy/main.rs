@@ -4,6 +4,9 @@
 #![allow(clippy::unwrap_used, reason = "a failed expectation is what a test is for, in its helpers too")]
 
 mod apps;
+mod companions;
+mod control;
+mod control_plane;
 mod endings;
 mod gateway;
 mod inbound;

@@ -176,6 +176,11 @@ impl World {
         }
     }
 
+    /// The process that is the proxy: the programs before it replaced themselves.
+    pub(crate) fn pid(&self, name: &str) -> u32 {
+        self.proxies[name].id()
+    }
+
     pub(crate) fn terminate(&self, name: &str) {
         success(Command::new("kill").args(["-TERM", &self.proxies[name].id().to_string()]));
     }
