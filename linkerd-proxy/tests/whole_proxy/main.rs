@@ -2,7 +2,9 @@
 //! as uid 2102, between real clients and servers. Needs root, iproute2 and iptables; says so where it must skip.
 
 mod apps;
+mod federation;
 mod net;
+mod origination;
 mod policy;
 mod protocols;
 mod reload;
