@@ -1312,8 +1312,15 @@ mod tests {
             let head = "apiVersion: gateway.networking.k8s.io/v1, kind: BackendTLSPolicy, metadata: {name: x}";
             check(&format!("{{{head}, spec: {{targetRefs: [{{kind: Service, name: s}}], validation: {v}}}}}"), issues);
         };
-        tls("{hostname: a.b, wellKnownCACertificates: System}", &[""]);
-        tls("{hostname: a.b}", &["", "spec.validation"]);
+        tls("{hostname: a.b, wellKnownCACertificates: System}", &[]);
+        tls("{hostname: a.b, caCertificateRefs: [{group: '', kind: ConfigMap, name: c}]}", &[]);
+        tls("{hostname: a.b}", &["spec.validation"]);
+        tls("{hostname: 'a b', wellKnownCACertificates: System}", &["spec.validation.hostname"]);
+        tls("{hostname: a.b, caCertificateRefs: [{kind: Secret, name: c}]}", &["spec.validation.caCertificateRefs[0]"]);
+        tls(
+            "{hostname: a.b, wellKnownCACertificates: System, subjectAltNames: [{type: URI, uri: 'x://y'}, {type: URI}]}",
+            &["spec.validation.subjectAltNames[1]"],
+        );
         spec(
             "XBackendTrafficPolicy",
             "{targetRefs: [{kind: Service, name: s}], retryConstraint: {budget: {percent: 30, interval: 5s}}}",
