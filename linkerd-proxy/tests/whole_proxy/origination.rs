@@ -36,7 +36,7 @@ fn https(pod: &Pod, dir: &Path) -> Server {
     ));
     let mut command = pod.command("openssl");
     command.current_dir(dir).args("s_server -accept 443 -cert api.pem -key api.key -www -quiet".split(' '));
-    Server(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
+    Server(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("openssl starts"))
 }
 
 #[tokio::test(flavor = "multi_thread")]
