@@ -5,10 +5,12 @@
 
 mod apps;
 mod endings;
+mod federation;
 mod gateway;
 mod inbound;
 mod metrics;
 mod net;
+mod origination;
 mod policy;
 mod protocols;
 mod reload;
