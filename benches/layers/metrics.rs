@@ -72,7 +72,7 @@ fn scrape(group: &mut BenchmarkGroup<'_, WallTime>, kind: &str, telemetry: &Tele
 }
 
 fn telemetry() -> Telemetry {
-    Telemetry::new(config::Metrics { retain_idle: Duration::from_secs(600) })
+    Telemetry::new(config::Metrics::default())
 }
 
 fn target(i: u32) -> SocketAddr {

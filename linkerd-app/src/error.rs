@@ -112,6 +112,8 @@ pub enum Cause {
         /// Text.
         message: Arc<str>,
     },
+    /// A server outside the mesh may not be spoken to: its certificate was refused, or there is nothing to verify it with.
+    Tls(Arc<str>),
     /// A connection was not established in time.
     ConnectTimeout(Duration),
     /// The peer closed before a complete response head.
@@ -222,6 +224,7 @@ impl fmt::Display for Cause {
             Self::Http2Reset(reason) => write!(f, "stream error received: {reason}"),
             Self::Http2Connection(message) => write!(f, "HTTP/2 connection failed: {message}"),
             Self::Io { message, .. } => f.write_str(message),
+            Self::Tls(message) => write!(f, "TLS refused: {message}"),
             Self::ConnectTimeout(t) => write!(f, "connect timed out after {t:?}"),
             Self::IncompleteResponse => f.write_str("connection closed before a complete response"),
             Self::BadRequest(message) => write!(f, "bad request: {message}"),

@@ -35,6 +35,10 @@ pub(crate) struct Mesh {
     /// Folder of manifests; may be given several times, later folders win.
     #[arg(long = "manifests", value_name = "DIR", required = true)]
     pub(crate) manifests: Vec<PathBuf>,
+    /// Folder of another cluster's manifests, for federated Services: NAME=DIR, and after commas where they differ from
+    /// ours trust-domain=NAME, cluster-domain=NAME, control-plane-namespace=NAME. May be given several times.
+    #[arg(long = "cluster", value_name = "NAME=DIR")]
+    pub(crate) clusters: Vec<String>,
     #[command(flatten)]
     pub(crate) names: Names,
 }

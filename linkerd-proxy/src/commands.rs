@@ -98,13 +98,20 @@ fn run(args: Run) -> ExitCode {
         Ok(settings) => settings,
         Err(why) => return usage(&why),
     };
+    let mut folders = folders(args.mesh.manifests);
+    for text in &args.mesh.clusters {
+        match cluster(text, &settings) {
+            Ok(folder) => folders.push(folder),
+            Err(why) => return usage(&format!("--cluster {text:?}: {why}")),
+        }
+    }
     let traffic = match runtime::traffic() {
         Ok(traffic) => traffic,
         Err(error) => return failure(&format!("cannot start the runtime: {error}")),
     };
     let started = traffic.block_on(async {
         Standalone::start(standalone::Options {
-            folders: folders(args.mesh.manifests),
+            folders,
             namespace: namespace.into(),
             name: name.into(),
             settings,
@@ -247,6 +254,29 @@ fn read_environment(mode: environment::Mode) -> Result<Config, ExitCode> {
 
 fn folders(paths: Vec<PathBuf>) -> Vec<standalone::Folder> {
     paths.into_iter().map(|path| standalone::Folder { path, cluster: None }).collect()
+}
+
+/// `NAME=DIR[,trust-domain=NAME][,cluster-domain=NAME][,control-plane-namespace=NAME]`
+fn cluster(text: &str, settings: &standalone::Settings) -> Result<standalone::Folder, String> {
+    let mut parts = text.split(',');
+    let first = parts.next().and_then(|first| first.split_once('='));
+    let (name, dir) =
+        first.filter(|(name, dir)| !name.is_empty() && !dir.is_empty()).ok_or("expected NAME=DIR at its start")?;
+    let mut cluster = standalone::Cluster {
+        name: name.into(),
+        trust_domain: settings.trust_domain.clone(),
+        cluster_domain: settings.cluster_domain.clone(),
+        control_plane_namespace: settings.control_plane_namespace.clone(),
+    };
+    for part in parts {
+        match part.split_once('=') {
+            Some(("trust-domain", value)) => cluster.trust_domain = value.into(),
+            Some(("cluster-domain", value)) => cluster.cluster_domain = value.into(),
+            Some(("control-plane-namespace", value)) => cluster.control_plane_namespace = value.into(),
+            _ => return Err(format!("{part:?} is none of trust-domain=, cluster-domain=, control-plane-namespace=")),
+        }
+    }
+    Ok(standalone::Folder { path: dir.into(), cluster: Some(cluster) })
 }
 
 /// What flags and environment say, over Linkerd's defaults.

@@ -66,6 +66,9 @@ impl Error {
                     Invalid::NotYetValid(Duration::from_secs(not_before.as_secs().saturating_sub(time.as_secs())))
                 }
                 CertificateError::UnknownIssuer | CertificateError::BadSignature => Invalid::Untrusted,
+                CertificateError::NotValidForNameContext { expected, presented } => {
+                    Invalid::OtherName { expected: expected.to_str().into_owned(), found: presented.join(", ") }
+                }
                 reason => Invalid::Chain(format!("{reason:?}")),
             });
         }
@@ -117,6 +120,20 @@ pub enum Invalid {
         /// Names that it holds.
         found: Arc<[Id]>,
     },
+    /// The expected host is not among the certificate's names.
+    #[error("certificate is for [{found}], not for {expected}")]
+    OtherName {
+        /// Who it should be for.
+        expected: String,
+        /// Names that it holds.
+        found: String,
+    },
+    /// Something that should name a host does not.
+    #[error("{0:?} is neither a DNS name nor an IP address")]
+    HostName(String),
+    /// Roots for servers outside the mesh can't be had.
+    #[error("no roots to verify the server with: {0}")]
+    Roots(String),
     /// A request for a certificate can't be granted.
     #[error("invalid certificate signing request: {0}")]
     Request(String),

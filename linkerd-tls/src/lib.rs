@@ -15,6 +15,7 @@ mod key;
 mod name;
 mod roots;
 mod verify;
+pub mod web;
 
 pub use self::{
     certificate::Certificate,

@@ -191,6 +191,13 @@ pub(crate) fn ids(leaf: &[u8]) -> Result<Vec<Id>, Invalid> {
     Ok(self::names(&names.value.general_names))
 }
 
+/// Whether a certificate has this very URI among its alternative names.
+pub(crate) fn has_uri(leaf: &[u8], uri: &str) -> bool {
+    let Ok((_, certificate)) = X509Certificate::from_der(leaf) else { return false };
+    let Ok(Some(names)) = certificate.subject_alternative_name() else { return false };
+    names.value.general_names.iter().any(|name| matches!(name, GeneralName::URI(found) if *found == uri))
+}
+
 /// Alternative names that are identities.
 pub(crate) fn names(names: &[GeneralName<'_>]) -> Vec<Id> {
     let id = |name: &GeneralName<'_>| match name {

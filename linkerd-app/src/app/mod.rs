@@ -37,6 +37,10 @@ use tokio::{
 /// How often the workers are looked at.
 const WATCHDOG: Duration = Duration::from_secs(1);
 
+/// A head start for the answer to `POST /shutdown`, which another thread sends: an idle proxy drains in no time, and the
+/// process would end with the answer unsent.
+const ANSWER: Duration = Duration::from_millis(50);
+
 /// Which control plane the proxy listens to.
 pub enum Home {
     /// Linkerd's; `config.control` says where.
@@ -286,7 +290,10 @@ impl App {
 async fn wait(ask: &mut mpsc::Receiver<()>, signals: &mut mpsc::Receiver<&'static str>) {
     select! {
         Some(name) = signals.recv() => tracing::info!("Received {name}; draining"),
-        Some(()) = ask.recv() => tracing::info!("Shutdown requested on the admin port; draining"),
+        Some(()) = ask.recv() => {
+            tracing::info!("Shutdown requested on the admin port; draining");
+            tokio::time::sleep(ANSWER).await;
+        }
     }
 }
 

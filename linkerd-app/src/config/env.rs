@@ -1,7 +1,7 @@
 //! The environment, read: one row per setting, all bad entries reported at once.
 //!
-//! [`SETTINGS`] is the single list of variables. Each is parsed through [`Reader`], which looks its row up there, so a
-//! variable without a row cannot be read, and docs/configuration.md is printed from the same rows ([`reference`]).
+//! [`SETTINGS`] is the single list of variables. Each is parsed through `Reader`, which looks its row up there, so a
+//! variable without a row cannot be read, and docs/configuration.md is printed from the same rows ([`reference()`]).
 
 use super::{syntax as s, *};
 use crate::policy::endpoint::{Http2Params, Http2Windows};

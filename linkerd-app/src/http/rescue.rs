@@ -107,7 +107,7 @@ pub fn verdict(cause: &Cause) -> Verdict {
         Cause::GatewayLoop => v(StatusCode::LOOP_DETECTED, 10, true),
         Cause::Discovery(_) => v(StatusCode::SERVICE_UNAVAILABLE, 14, true),
         Cause::Http2Reset(reason) => Verdict { reset: Some(*reason), ..v(StatusCode::BAD_GATEWAY, 14, true) },
-        Cause::Http2Connection(_) | Cause::Io { .. } | Cause::IncompleteResponse | Cause::Loop(_) => {
+        Cause::Http2Connection(_) | Cause::Io { .. } | Cause::IncompleteResponse | Cause::Tls(_) | Cause::Loop(_) => {
             v(StatusCode::BAD_GATEWAY, 14, true)
         }
         Cause::BadRequest(_) => v(StatusCode::BAD_REQUEST, 13, true),
@@ -125,6 +125,7 @@ pub fn is_endpoint_level(cause: &Cause, asked: &Asked) -> bool {
         Cause::Io { .. }
         | Cause::ConnectTimeout(_)
         | Cause::IncompleteResponse
+        | Cause::Tls(_)
         | Cause::Http2Connection(_)
         | Cause::Loop(_) => true,
         Cause::Http2Reset(_) => asked.version < Version::HTTP_2 || asked.orig_proto,

@@ -13,7 +13,7 @@ use crate::{
 };
 use bytes::Bytes;
 use linkerd_stack::{BoxFuture, BoxedIo, http::Version};
-use linkerd_tls::{ClientTls, Id};
+use linkerd_tls::{ClientTls, Id, web};
 use parking_lot::Mutex;
 use std::{
     net::SocketAddr,
@@ -38,6 +38,8 @@ struct Inner {
     /// Where TCP goes: the replica, or its proxy's inbound port.
     dial: SocketAddr,
     tls: Result<ClientTls, NoTls>,
+    /// TLS to a server outside the mesh, or why there can be none.
+    web: Option<Result<web::Client, Arc<str>>>,
     /// Encoded once per session protocol: none, HTTP/1, HTTP/2. Present if one may be sent.
     header: Option<[Bytes; 3]>,
     metrics: Arc<ConnMetrics>,
@@ -102,7 +104,9 @@ impl Connector {
             authority,
             dst: Some(meta.clone()),
         });
-        Self(Arc::new(Inner { rt: rt.clone(), dial, tls, header, metrics, failure: Mutex::new(None) }))
+        let web = meta.origin_tls.as_deref().filter(|_| tls.is_err());
+        let web = web.map(|target| web::Client::new(target).map_err(|error| error.to_string().into()));
+        Self(Arc::new(Inner { rt: rt.clone(), dial, tls, web, header, metrics, failure: Mutex::new(None) }))
     }
 
     /// The identity demanded of the replica, or why none is.
@@ -149,8 +153,22 @@ impl Connector {
 
     /// Sets `handshaking` while the TLS handshake is under way.
     async fn establish(&self, session: Option<Version>, handshaking: &AtomicBool) -> Result<Upstream, Error> {
-        let Inner { rt, dial, tls, header, metrics, .. } = &*self.0;
+        let Inner { rt, dial, tls, web, header, metrics, .. } = &*self.0;
+        if let Some(Err(why)) = web {
+            return Err(Cause::Tls(why.clone()).into());
+        }
         let io = transport::connect(*dial, &rt.config.connect).await?;
+        if let Some(Ok(web)) = web {
+            let alpn = match session {
+                None => web::Alpn::None,
+                Some(Version::H1) => web::Alpn::Http1,
+                Some(Version::H2) => web::Alpn::Http2,
+            };
+            handshaking.store(true, Relaxed);
+            let io = web.connect(io, alpn).await.map_err(web_failure)?;
+            handshaking.store(false, Relaxed);
+            return Ok(Upstream::Tls(Box::new(Metered::new(io, metrics.clone()))));
+        }
         let (Ok(tls), Some(identity)) = (tls, &rt.identity) else {
             return Ok(Upstream::Plain(io, metrics.clone()));
         };
@@ -171,6 +189,15 @@ impl Connector {
             io.write_all(header).await.map_err(|error| transport::io_failure(&error))?;
         }
         Ok(Upstream::Tls(Box::new(Metered::new(io, metrics.clone()))))
+    }
+}
+
+/// What the server is refused for is told apart from connections that break.
+fn web_failure(error: linkerd_tls::Error) -> Error {
+    let message = error.to_string().into();
+    match error {
+        linkerd_tls::Error::Peer(_) | linkerd_tls::Error::Invalid(_) => Cause::Tls(message).into(),
+        other => Cause::Io { errno: other.errno(), message }.into(),
     }
 }
 

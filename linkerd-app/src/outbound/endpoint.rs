@@ -148,7 +148,10 @@ impl HttpEndpoint {
             if self.upgrade && orig_proto::may_upgrade(&req) { orig_proto::upgrade_request(&mut req) } else { None };
         self.metrics.request();
         let dispatched = Instant::now();
-        let mut rsp = match self.client.send(req).await {
+        let mut waiting = Waiting { load: Some(load), dispatched };
+        let sent = self.client.send(req).await;
+        let load = waiting.load.take();
+        let mut rsp = match sent {
             Ok(mut rsp) => {
                 if let Some(carried) = carried {
                     orig_proto::restore_response(&mut rsp, carried);
@@ -178,6 +181,8 @@ impl HttpEndpoint {
                 rsp
             }
         };
+        // Taken a moment ago; only a dropped future leaves it to the guard.
+        let Some(load) = load else { return Err(Cause::Canceled.into()) };
         let class = rule.start(rsp.status(), rsp.headers());
         let unanswered = rsp.extensions().get::<Unanswered>().is_some();
         let penalty = match &self.kind.penalty {
@@ -227,6 +232,21 @@ impl HttpEndpoint {
         }
         normalize::set_authority(req, authority.clone())
             .map_err(|error| Error::new(Cause::BadRequest(error.to_string().into())).context(self.context.clone()))
+    }
+}
+
+/// A request without an answer yet. If it is given up (a timeout, a client that went away), the time that it took so far
+/// counts as latency: a replica that never answers must not look like one that was never asked.
+struct Waiting {
+    load: Option<LoadHandle>,
+    dispatched: Instant,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if let Some(load) = self.load.take() {
+            load.penalize(self.dispatched.elapsed());
+        }
     }
 }
 

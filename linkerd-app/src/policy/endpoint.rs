@@ -1,6 +1,6 @@
 //! One replica behind a backend: address, identity, how to speak to it.
 
-use linkerd_tls::{Id, ServerName};
+use linkerd_tls::{Id, ServerName, web};
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 /// A replica as discovery describes it. Equal endpoints share connections; a change in any field rebuilds them.
@@ -19,6 +19,8 @@ pub struct EndpointMeta {
     pub weight: Option<u32>,
     /// Mesh TLS, if the replica is meshed.
     pub tls: Option<ServerTls>,
+    /// TLS that is originated for a replica that is not meshed (BackendTLSPolicy, egress); mesh TLS goes first.
+    pub origin_tls: Option<Arc<web::Target>>,
     /// What the replica's proxy can take.
     pub hint: ProtocolHint,
     /// Inbound port of the replica's proxy for connections that begin with a transport header.

@@ -18,6 +18,13 @@ pub(super) const WEIGHT: &str = "balancer.linkerd.io/weight";
 /// proxy; `transport-header` dials the proxy's inbound port and names the application's port in a transport header, for
 /// Pods where nothing is redirected. This key is ours.
 pub(super) const TRANSPORT_MODE: &str = "config.linkerd.io/proxy-transport-mode";
+/// On a route of an EgressNetwork: plain requests leave as TLS. `system`, or the name of a ConfigMap of the route's
+/// namespace with authorities in `ca.crt`. This key and the next two are ours.
+pub(super) const ORIGINATE_TLS: &str = "egress.linkerd.io/originate-tls";
+/// Name for SNI and verification; without it, the route's host name.
+const TLS_HOSTNAME: &str = "egress.linkerd.io/tls-hostname";
+/// Port that TLS is spoken on; without it 443 for connections to port 80, and for others the port that was dialled.
+const TLS_PORT: &str = "egress.linkerd.io/tls-port";
 pub(super) const OPAQUE_PORTS: &str = "config.linkerd.io/opaque-ports";
 
 /// Body bytes kept for another attempt (resources.md 8).
@@ -34,6 +41,31 @@ pub(super) struct Tuning {
     pub(super) breaker: Breaker,
     pub(super) load: Load,
     pub(super) opaque_ports: Option<Ports>,
+}
+
+/// TLS that a route of an EgressNetwork originates.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Originate {
+    /// ConfigMap with authorities; none = the system's.
+    pub(super) authorities: Option<Arc<str>>,
+    pub(super) hostname: Option<Arc<str>>,
+    pub(super) port: Option<u16>,
+}
+
+impl Originate {
+    /// Reads the annotations of a route; `at` is its `metadata`.
+    pub(super) fn read(pairs: &Pairs, at: &mut At<'_>) -> Option<Self> {
+        let mut r = Reader { pairs, at: at.field("annotations"), severity: Severity::Error };
+        let authorities = pairs.get(ORIGINATE_TLS)?;
+        let hostname = r.get(TLS_HOSTNAME, |t| match linkerd_tls::web::is_host_name(t) {
+            true => Ok(Arc::from(t)),
+            false => Err(format!("{t:?} is neither a DNS name nor an IP address")),
+        });
+        let port = r.get(TLS_PORT, |t| {
+            t.parse::<u16>().ok().filter(|p| *p > 0).ok_or_else(|| format!("{t:?} is no port; write 1 to 65535"))
+        });
+        Some(Self { authorities: Some(authorities.clone()).filter(|a| **a != *"system"), hostname, port })
+    }
 }
 
 /// A comma list of ports, ranges and port names.

@@ -425,7 +425,7 @@ fn of_egress(view: &View<'_>, mesh: &Mesh, egress: &Egress, addr: SocketAddr) ->
         Route { meta: Meta::default(format!("{prefix}-egress-{verdict}")), hosts: Vec::new(), rules: vec![rule] }
     };
     let http = || {
-        let mut converted: Vec<Route> = attached.iter().map(|(k, r)| parent.http_route(k, r)).collect();
+        let mut converted: Vec<Route> = attached.iter().flat_map(|(k, r)| parent.egress_routes(k, r)).collect();
         let routes = match kind {
             Some(RouteKind::Grpc) => {
                 converted.push(default_http("grpc"));

@@ -16,6 +16,7 @@ use crate::policy::{
     Endpoint, Update,
     endpoint::{EndpointMeta, ProtocolHint, ServerTls, ZoneLocality},
 };
+use linkerd_tls::web;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
@@ -93,8 +94,8 @@ pub(super) struct Replicas {
     by_target: HashMap<Key, BTreeSet<SocketAddr>>,
     /// Candidates of the own cluster: all, without hints, with a hint for our zone.
     counts: (usize, usize, usize),
-    /// Set if plain text to these replicas is forbidden.
-    tls_only: bool,
+    /// TLS for replicas that are not meshed; plain text to them is then forbidden.
+    origin_tls: Option<Arc<web::Target>>,
     zoned: bool,
     shown: BTreeMap<SocketAddr, Endpoint>,
 }
@@ -120,7 +121,7 @@ impl Replicas {
             by_addr: BTreeMap::new(),
             by_target: HashMap::new(),
             counts: (0, 0, 0),
-            tls_only: false,
+            origin_tls: None,
             zoned: false,
             shown: BTreeMap::new(),
         }
@@ -143,7 +144,7 @@ impl Replicas {
             Some(dirty) => dirty.iter().filter_map(|d| self.by_dep.get(d)).flatten().cloned().collect(),
             None => self.pieces.keys().cloned().collect(),
         };
-        let tls_only = self.tls_only;
+        let origin_tls = self.origin_tls.clone();
         if dirty.is_none_or(|dirty| dirty.iter().any(|d| self.root.contains(d))) {
             let view = View::new(index);
             let sources = self.sources(&view, mesh);
@@ -171,14 +172,13 @@ impl Replicas {
                 self.build(&key, &object, &service, index, mesh, work, &mut changed);
             }
         }
-        self.show(changed, tls_only != self.tls_only, mesh)
+        self.show(changed, origin_tls != self.origin_tls, mesh)
     }
 
     fn sources<'a>(&mut self, view: &View<'a>, mesh: &Mesh) -> Vec<Source<'a>> {
         let local: Arc<str> = "".into();
         let (namespace, name) = (self.name.namespace.clone(), self.name.name.clone());
-        self.tls_only =
-            view.backend_tls(&namespace).iter().any(|p| p.targets.iter().any(|(service, _)| *service == name));
+        self.origin_tls = self.backend_tls(view, &namespace, &name);
         let Some(object) = view.object(&local, Kind::Service, &namespace, &name) else { return Vec::new() };
         let head = object.head();
         let mut members: Vec<(Arc<str>, Arc<str>)> = Vec::new();
@@ -204,6 +204,22 @@ impl Replicas {
             }
         }
         out
+    }
+
+    /// The policy that names the port beats one that names the Service; then the older (resources.md 3.12).
+    fn backend_tls(&self, view: &View<'_>, namespace: &Arc<str>, name: &Arc<str>) -> Option<Arc<web::Target>> {
+        let policies = view.backend_tls(namespace);
+        let service = view.service(&"".into(), namespace, name)?;
+        let port = service.ports.iter().find(|p| p.port == self.port).map(|p| p.name.clone());
+        let find = |section: Option<&Arc<str>>| {
+            policies.iter().find(|p| p.targets.iter().any(|(s, own)| s == name && own.as_ref() == section))
+        };
+        let policy = port.and_then(|port| find(Some(&port))).or_else(|| find(None))?;
+        Some(Arc::new(web::Target {
+            name: policy.hostname.clone(),
+            roots: view.roots(namespace, policy.authorities.as_deref()),
+            subject_names: policy.subject_names.clone(),
+        }))
     }
 
     /// Slices; without any, Endpoints; without those, the Pods that the selector takes. ExternalWorkloads that the selector
@@ -366,9 +382,6 @@ impl Replicas {
 
     fn visible(&self, addr: SocketAddr, mesh: &Mesh) -> Option<Endpoint> {
         let c = self.by_addr.get(&addr)?.values().next()?;
-        if self.tls_only && c.endpoint.meta.tls.is_none() {
-            return None;
-        }
         if self.zoned && c.local && c.hint != Some(true) {
             return None;
         }
@@ -377,7 +390,13 @@ impl Replicas {
         if !preferred(&addr) && siblings.is_some_and(|s| s.iter().any(preferred)) {
             return None;
         }
-        Some(c.endpoint.clone())
+        match &self.origin_tls {
+            Some(target) if c.endpoint.meta.tls.is_none() => {
+                let meta = EndpointMeta { origin_tls: Some(target.clone()), ..(*c.endpoint.meta).clone() };
+                Some(Endpoint { addr, meta: Arc::new(meta) })
+            }
+            _ => Some(c.endpoint.clone()),
+        }
     }
 }
 

@@ -5,11 +5,12 @@ use super::{
     alloc::{self, Claim, ServiceRange},
     files::Change,
     manifest::{
-        AuthorizationPolicy, BackendTls, BackendTraffic, Egress, ExternalWorkload, Key, Kind, MeshTls, NetworkAuth,
-        Object, ParentKind, Pod, Profile, RateLimit, Route, Server, ServerAuthorization, Service, ServiceKind,
-        Workload,
+        AuthorizationPolicy, BackendTls, BackendTraffic, ConfigMap, Egress, ExternalWorkload, Key, Kind, MeshTls,
+        NetworkAuth, Object, ParentKind, Pod, Profile, RateLimit, Route, Server, ServerAuthorization, Service,
+        ServiceKind, Workload,
     },
 };
+use linkerd_tls::web;
 use std::{
     cell::RefCell,
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -295,6 +296,7 @@ impl<'a> View<'a> {
 
     getters! {
         service, Service, Service, Kind::Service;
+        config_map, ConfigMap, ConfigMap, Kind::ConfigMap;
         pod, Pod, Pod, Kind::Pod;
         external_workload, ExternalWorkload, ExternalWorkload, Kind::ExternalWorkload;
         mesh_tls, MeshTls, MeshTls, Kind::MeshTlsAuthentication;
@@ -312,6 +314,21 @@ impl<'a> View<'a> {
         egresses, Egress, Egress, Kind::EgressNetwork;
         backend_tls, BackendTls, BackendTls, Kind::BackendTlsPolicy;
         backend_traffic, BackendTraffic, BackendTraffic, Kind::BackendTrafficPolicy;
+    }
+
+    /// The bundles of ConfigMaps together; unusable if one is missing. None = the system's.
+    pub(super) fn roots(&self, namespace: &Arc<str>, config_maps: Option<&[Arc<str>]>) -> web::Roots {
+        let Some(names) = config_maps else { return web::Roots::System };
+        let mut pem = String::new();
+        for name in names {
+            let bundle = self.config_map(&"".into(), namespace, name).and_then(|c| c.authorities.as_deref());
+            let Some(bundle) = bundle else {
+                return web::Roots::Unusable(format!("there is no ConfigMap {namespace}/{name} with ca.crt").into());
+            };
+            pem.push_str(bundle);
+            pem.push('\n');
+        }
+        web::Roots::Pem(pem.into())
     }
 
     /// The annotation of a namespace.

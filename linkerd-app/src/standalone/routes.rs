@@ -17,9 +17,11 @@ use crate::policy::{
         Backend, Budget, Dispatcher, Distribution, Failure, Refuse, Route, RouteBackend, Rule, Session, SessionToken,
         TcpRoute, Timeouts,
     },
+    endpoint::EndpointMeta,
     route::{Filter, HostMatch, Mirror, Redirect},
 };
 use http::{StatusCode, uri::Scheme};
+use linkerd_tls::web;
 use std::{net::SocketAddr, sync::Arc};
 
 /// What outbound routes stand on.
@@ -62,7 +64,7 @@ impl<'a> Parent<'_, 'a> {
         let answers = rule.filters.iter().any(|f| matches!(f, FilterSpec::Redirect { .. }));
         let backends = match rule.backends.as_slice() {
             [] if answers => Distribution::Empty,
-            [] => single(RouteBackend { filters: Vec::new(), backend: self.implicit_backend(route.gateway) }),
+            [] => single(RouteBackend { filters: Vec::new(), backend: self.implicit_backend(key, route) }),
             refs => {
                 let list = refs.iter().filter(|r| r.weight > 0).map(|r| {
                     let filters = self.filters(&r.filters, key, route);
@@ -140,7 +142,7 @@ impl<'a> Parent<'_, 'a> {
             BackendKind::EgressNetwork => {
                 let same = self.kind == ParentKind::EgressNetwork && *name == self.name && namespace == self.namespace;
                 match self.original {
-                    Some(addr) if same => Ok(self.original_backend(addr)),
+                    Some(addr) if same => self.egress_backend(addr, key, route),
                     _ => Err(format!("EgressNetwork {namespace}/{name} is a backend only of routes on itself")),
                 }
             }
@@ -163,10 +165,12 @@ impl<'a> Parent<'_, 'a> {
     }
 
     /// Where a rule without backends leads.
-    fn implicit_backend(&self, gateway: bool) -> Backend {
+    fn implicit_backend(&self, key: &Key, route: &Manifest) -> Backend {
         match (self.kind, self.original) {
-            (ParentKind::EgressNetwork, Some(addr)) => self.original_backend(addr),
-            _ if gateway => fail("the rule has no backends"),
+            (ParentKind::EgressNetwork, Some(addr)) => {
+                self.egress_backend(addr, key, route).unwrap_or_else(|why| fail(&why))
+            }
+            _ if route.gateway => fail("the rule has no backends"),
             _ => self.default_backend(),
         }
     }
@@ -178,6 +182,39 @@ impl<'a> Parent<'_, 'a> {
             (None, Some(service)) => service_backend(self.mesh, service, self.port),
             (None, None) => fail(&format!("Service not found {}/{}", self.namespace, self.name)),
         }
+    }
+
+    /// Where the client meant to go, over TLS if the route says so.
+    fn egress_backend(&self, addr: SocketAddr, key: &Key, route: &Manifest) -> Result<Backend, String> {
+        let Some(originate) = route.originate.as_ref().filter(|_| route.kind != RouteKind::Tls) else {
+            return Ok(self.original_backend(addr));
+        };
+        let name = match (&originate.hostname, route.hosts.as_slice()) {
+            (Some(name), _) => name.clone(),
+            (None, [HostMatch::Exact(name)]) => name.clone(),
+            _ => {
+                return Err(
+                    "TLS needs one name to verify; annotate the route with egress.linkerd.io/tls-hostname".into()
+                );
+            }
+        };
+        let roots = self.view.roots(&key.namespace, originate.authorities.as_ref().map(std::slice::from_ref));
+        let port = originate.port.unwrap_or(if addr.port() == 80 { 443 } else { addr.port() });
+        let origin_tls = Some(Arc::new(web::Target { name, roots, subject_names: Vec::new() }));
+        let meta = Arc::new(EndpointMeta { origin_tls, ..EndpointMeta::default() });
+        let endpoint = Endpoint { addr: SocketAddr::new(addr.ip(), port), meta };
+        Ok(Backend { meta: self.meta(), dispatcher: Dispatcher::Forward(endpoint) })
+    }
+
+    /// As [`Parent::http_route`]; a route that originates TLS becomes one for each of its host names, each with the
+    /// name that its server must prove.
+    pub(super) fn egress_routes(&self, key: &Key, route: &Manifest) -> Vec<Route> {
+        let apart = route.originate.as_ref().is_some_and(|o| o.hostname.is_none()) && route.hosts.len() > 1;
+        if !apart {
+            return vec![self.http_route(key, route)];
+        }
+        let one = |host: &HostMatch| self.http_route(key, &Manifest { hosts: vec![host.clone()], ..route.clone() });
+        route.hosts.iter().map(one).collect()
     }
 
     fn original_backend(&self, addr: SocketAddr) -> Backend {

@@ -121,7 +121,7 @@ impl Kind for InboundError {
         match cause {
             Cause::FailFast => Self::FailFast,
             Cause::LoadShed => Self::LoadShed,
-            Cause::Io { .. } | Cause::ConnectTimeout(_) | Cause::IncompleteResponse => Self::Io,
+            Cause::Io { .. } | Cause::ConnectTimeout(_) | Cause::IncompleteResponse | Cause::Tls(_) => Self::Io,
             Cause::DetectTimeout(_) => Self::TlsDetectTimeout,
             Cause::GatewayLoop => Self::GatewayLoop,
             Cause::GatewayDomain => Self::GatewayDomain,
@@ -175,7 +175,7 @@ impl Kind for OutboundError {
 
     fn of(cause: &Cause) -> Self {
         match cause {
-            Cause::Io { .. } | Cause::ConnectTimeout(_) | Cause::IncompleteResponse => Self::Io,
+            Cause::Io { .. } | Cause::ConnectTimeout(_) | Cause::IncompleteResponse | Cause::Tls(_) => Self::Io,
             Cause::RequiredId { .. } => Self::IdentityRequired,
             Cause::FailFast => Self::FailFast,
             Cause::RequestTimeout(_)
@@ -254,6 +254,7 @@ impl StreamError {
             | Cause::Discovery(_)
             | Cause::ConnectTimeout(_)
             | Cause::IncompleteResponse
+            | Cause::Tls(_)
             | Cause::BadRequest(_)
             | Cause::MissingAuthority
             | Cause::Canceled
@@ -315,6 +316,7 @@ impl RouteCloseError {
             | Cause::Io { .. }
             | Cause::ConnectTimeout(_)
             | Cause::IncompleteResponse
+            | Cause::Tls(_)
             | Cause::BadRequest(_)
             | Cause::MissingAuthority
             | Cause::Canceled

@@ -67,6 +67,7 @@ impl Class {
             | Cause::Io { .. }
             | Cause::ConnectTimeout(_)
             | Cause::IncompleteResponse
+            | Cause::Tls(_)
             | Cause::BadRequest(_)
             | Cause::MissingAuthority
             | Cause::Canceled

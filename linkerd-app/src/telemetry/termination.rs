@@ -259,6 +259,7 @@ impl Code {
                 | Phase::Drain => Self::ConnectTimeout,
             },
             Cause::IncompleteResponse => Self::ResponseIncomplete,
+            Cause::Tls(_) => Self::TlsFailed,
             Cause::BadRequest(_) => Self::RequestInvalid,
             Cause::MissingAuthority => Self::RequestNoAuthority,
             Cause::Canceled => match phase {

@@ -21,6 +21,8 @@ pub(crate) struct World {
     proxies: BTreeMap<String, Child>,
     pods: BTreeMap<String, Pod>,
     pub(crate) dir: PathBuf,
+    /// Further arguments of proxies.
+    pub(crate) args: Vec<String>,
     net: Net,
 }
 
@@ -31,7 +33,7 @@ impl World {
         let dir = std::env::temp_dir().join(format!("linkerd-proxy-{}-{test}", std::process::id()));
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(dir.join("manifests")).expect("a temporary folder");
-        let world = Self { proxies: BTreeMap::new(), pods: BTreeMap::new(), dir, net };
+        let world = Self { proxies: BTreeMap::new(), pods: BTreeMap::new(), dir, args: Vec::new(), net };
         let identity = world.dir.join("identity");
         success(Command::new(BINARY).args(["identity", "init"]).arg(&identity));
         success(Command::new("chown").args(["-R", PROXY_UID]).arg(&identity));
@@ -103,7 +105,7 @@ impl World {
         let run = ["run", "--manifests", &self.manifests().display().to_string()].map(str::to_string);
         let who = ["--workload".into(), format!("{NAMESPACE}/{name}"), "--identity".into()];
         let identity = [self.dir.join("identity").display().to_string()];
-        self.spawn_args(name, &[&run[..], &who, &identity].concat(), env);
+        self.spawn_args(name, &[&run[..], &who, &identity, &self.args].concat(), env);
     }
 
     /// The Linkerd proxy: everything from the environment.

@@ -50,6 +50,7 @@ pub(crate) fn endpoint(message: api::WeightedAddr, set: &HashMap<String, String>
     Ok(Endpoint {
         addr,
         meta: Arc::new(EndpointMeta {
+            origin_tls: None,
             // 0 and absent look the same.
             weight: (weight != 0).then_some(weight),
             tls: optional("tls_identity", tls_identity, tls)?.flatten(),

@@ -166,11 +166,20 @@ impl Head {
     }
 }
 
+/// A ConfigMap, of which only a bundle of authorities counts.
+#[derive(Clone, Debug)]
+pub(super) struct ConfigMap {
+    pub(super) head: Head,
+    /// `data["ca.crt"]`, PEM.
+    pub(super) authorities: Option<Arc<str>>,
+}
+
 /// An object, ready for use.
 #[derive(Clone, Debug)]
 pub(super) enum Object {
     /// Kinds of which only the head counts, and kinds that are known but have no effect.
     Plain(Head),
+    ConfigMap(ConfigMap),
     Service(Service),
     Slice(Slice),
     Endpoints(Endpoints),
@@ -194,6 +203,7 @@ impl Object {
     pub(super) fn head(&self) -> &Head {
         match self {
             Self::Plain(head) => head,
+            Self::ConfigMap(o) => &o.head,
             Self::Service(o) => &o.head,
             Self::Slice(o) => &o.head,
             Self::Endpoints(o) => &o.head,
@@ -285,13 +295,13 @@ fn read_one(value: &Value, api_version: &str, kind_name: &str, cluster: &Arc<str
         core::pod_annotations(&head, &mut at.field("metadata"));
     }
     let object = match kind {
-        Kind::Namespace
-        | Kind::Node
-        | Kind::ServiceAccount
-        | Kind::ConfigMap
-        | Kind::Secret
-        | Kind::ReferenceGrant
-        | Kind::Link => Some(Object::Plain(head)),
+        Kind::Namespace | Kind::Node | Kind::ServiceAccount | Kind::Secret | Kind::ReferenceGrant | Kind::Link => {
+            Some(Object::Plain(head))
+        }
+        Kind::ConfigMap => {
+            let authorities = value["data"]["ca.crt"].as_str().map(Into::into);
+            Some(Object::ConfigMap(ConfigMap { head, authorities }))
+        }
         Kind::Service => core::service(value, head, &mut at).map(Object::Service),
         Kind::Endpoints => core::endpoints(value, head, &mut at).map(Object::Endpoints),
         Kind::EndpointSlice => core::slice(value, head, &mut at).map(Object::Slice),

@@ -20,7 +20,10 @@ use crate::{
     },
 };
 use ipnet::IpNet;
-use linkerd_tls::{Id, ServerName};
+use linkerd_tls::{
+    Id, ServerName,
+    web::{SubjectName, is_host_name},
+};
 use serde::Deserialize;
 use serde_json::Value;
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
@@ -219,6 +222,10 @@ pub(in super::super) struct BackendTls {
     pub(in super::super) head: Head,
     /// Service, and the name of one of its ports.
     pub(in super::super) targets: Vec<(Arc<str>, Option<Arc<str>>)>,
+    pub(in super::super) hostname: Arc<str>,
+    /// ConfigMaps with authorities; none = the system's.
+    pub(in super::super) authorities: Option<Vec<Arc<str>>>,
+    pub(in super::super) subject_names: Vec<SubjectName>,
 }
 
 /// Retry budget and sessions of Services (resources.md 3.13).
@@ -1015,18 +1022,24 @@ struct RawValidation {
     ca_certificate_refs: Vec<RawRef>,
     #[serde(rename = "wellKnownCACertificates")]
     well_known: Option<String>,
+    #[serde(default)]
+    subject_alt_names: Vec<RawSubjectName>,
+}
+
+#[derive(Deserialize)]
+struct RawSubjectName {
+    #[serde(rename = "type")]
+    kind: String,
+    hostname: Option<Arc<str>>,
+    uri: Option<Arc<str>>,
 }
 
 pub(super) fn backend_tls(value: &Value, head: Head, at: &mut At<'_>) -> Option<BackendTls> {
     let raw: RawBackendTls = typed(value, "spec", at)?;
-    at.warn(
-        "TLS to backends that are not meshed is not available",
-        "Replicas of these Services that are not meshed get no traffic, rather than plain text",
-    );
     let mut at = at.field("spec");
     let targets = targets(raw.target_refs, &mut at.field("targetRefs"));
     let mut at = at.field("validation");
-    if raw.validation.hostname.parse::<ServerName>().is_err() {
+    if !is_host_name(&raw.validation.hostname) {
         at.field("hostname").error(format!("{:?} is no host name", raw.validation.hostname), "");
     }
     match (raw.validation.ca_certificate_refs.len(), raw.validation.well_known.as_deref()) {
@@ -1036,7 +1049,29 @@ pub(super) fn backend_tls(value: &Value, head: Head, at: &mut At<'_>) -> Option<
         }
         _ => at.error("one of caCertificateRefs (at most 8) and wellKnownCACertificates must be given", ""),
     }
-    Some(BackendTls { head, targets })
+    for (i, r) in raw.validation.ca_certificate_refs.iter().enumerate() {
+        if r.kind != "ConfigMap" || !matches!(r.group.as_str(), "" | "core") {
+            let mut at = at.field("caCertificateRefs");
+            at.item(i)
+                .error(format!("{}/{} holds no authorities", r.group, r.kind), "Name a ConfigMap with the key ca.crt");
+        }
+    }
+    let mut subject_names = Vec::new();
+    for (i, name) in raw.validation.subject_alt_names.into_iter().enumerate() {
+        match (name.kind.as_str(), name.hostname, name.uri) {
+            ("Hostname", Some(host), None) if is_host_name(&host) => subject_names.push(SubjectName::Host(host)),
+            ("URI", None, Some(uri)) => subject_names.push(SubjectName::Uri(uri)),
+            _ => {
+                let mut at = at.field("subjectAltNames");
+                at.item(i).error("neither Hostname with a hostname nor URI with a uri", "");
+            }
+        }
+    }
+    let authorities = match raw.validation.well_known {
+        Some(_) => None,
+        None => Some(raw.validation.ca_certificate_refs.into_iter().map(|r| r.name).collect()),
+    };
+    Some(BackendTls { head, targets, hostname: raw.validation.hostname.into(), authorities, subject_names })
 }
 
 #[derive(Deserialize)]
@@ -1277,8 +1312,15 @@ mod tests {
             let head = "apiVersion: gateway.networking.k8s.io/v1, kind: BackendTLSPolicy, metadata: {name: x}";
             check(&format!("{{{head}, spec: {{targetRefs: [{{kind: Service, name: s}}], validation: {v}}}}}"), issues);
         };
-        tls("{hostname: a.b, wellKnownCACertificates: System}", &[""]);
-        tls("{hostname: a.b}", &["", "spec.validation"]);
+        tls("{hostname: a.b, wellKnownCACertificates: System}", &[]);
+        tls("{hostname: a.b, caCertificateRefs: [{group: '', kind: ConfigMap, name: c}]}", &[]);
+        tls("{hostname: a.b}", &["spec.validation"]);
+        tls("{hostname: 'a b', wellKnownCACertificates: System}", &["spec.validation.hostname"]);
+        tls("{hostname: a.b, caCertificateRefs: [{kind: Secret, name: c}]}", &["spec.validation.caCertificateRefs[0]"]);
+        tls(
+            "{hostname: a.b, wellKnownCACertificates: System, subjectAltNames: [{type: URI, uri: 'x://y'}, {type: URI}]}",
+            &["spec.validation.subjectAltNames[1]"],
+        );
         spec(
             "XBackendTrafficPolicy",
             "{targetRefs: [{kind: Service, name: s}], retryConstraint: {budget: {percent: 30, interval: 5s}}}",

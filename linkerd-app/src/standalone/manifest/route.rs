@@ -2,7 +2,7 @@
 
 use super::{
     super::{
-        annotations::{Tuning, plain_retry},
+        annotations::{Originate, Tuning, plain_retry},
         duration,
         report::{At, Severity},
     },
@@ -31,6 +31,8 @@ pub(in super::super) struct Route {
     pub(in super::super) hosts: Vec<HostMatch>,
     pub(in super::super) rules: Vec<Rule>,
     pub(in super::super) tuning: Tuning,
+    /// TLS for plain requests to an EgressNetwork.
+    pub(in super::super) originate: Option<Originate>,
 }
 
 /// In order of precedence on one port (resources.md 3.2).
@@ -346,11 +348,12 @@ pub(super) fn read(value: &Value, kind: Kind, head: Head, at: &mut At<'_>) -> Op
     let gateway = kind != Kind::LinkerdHttpRoute;
     let cx = Context { kind: kinds, gateway, prefix: false };
     let tuning = Tuning::read(&head.annotations, &mut at.field("metadata"), Severity::Error);
+    let originate = Originate::read(&head.annotations, &mut at.field("metadata"));
     let mut at = at.field("spec");
     let parents = parents(raw.parent_refs, &head, gateway, &mut at.field("parentRefs"));
     let hosts = hosts(&raw.hostnames, kinds, &mut at.field("hostnames"));
     let rules = rules(raw.rules, cx, &mut at.field("rules"));
-    Some(Route { head, kind: kinds, gateway, parents, hosts, rules, tuning })
+    Some(Route { head, kind: kinds, gateway, parents, hosts, rules, tuning, originate })
 }
 
 fn parents(raw: Vec<RawParent>, head: &Head, gateway: bool, at: &mut At<'_>) -> Vec<ParentRef> {
