@@ -274,7 +274,7 @@ async fn watch_endpoints(state: Arc<State>, path: String, tx: Frames) {
             Mood::Well if told.as_ref() == Some(&endpoints) => {}
             Mood::Well => {
                 let gone: Vec<_> = told.iter().flatten().filter(|e| !endpoints.contains(e)).collect();
-                let gone = gone.into_iter().filter_map(|e| e.addr.clone()).collect::<Vec<_>>();
+                let gone = gone.into_iter().filter_map(|e| e.addr).collect::<Vec<_>>();
                 let add = WeightedAddrSet { addrs: endpoints.clone(), metric_labels: Default::default() };
                 let mut kinds = vec![Kind::Add(add)];
                 if endpoints.is_empty() {
