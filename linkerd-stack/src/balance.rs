@@ -938,7 +938,8 @@ mod tests {
 
     /// Latencies of equal members on a machine that has more to do, in tenths of a millisecond.
     fn noise() -> impl FnMut(u32) -> Duration {
-        let mut noise = [11, 81, 74, 61, 110, 18, 13, 11, 54, 59, 15, 54, 12, 11, 70, 13, 84, 15, 53, 118].iter().cycle();
+        let mut noise =
+            [11, 81, 74, 61, 110, 18, 13, 11, 54, 59, 15, 54, 12, 11, 70, 13, 84, 15, 53, 118].iter().cycle();
         move |_| Duration::from_micros(noise.next().unwrap() * 100)
     }
 
