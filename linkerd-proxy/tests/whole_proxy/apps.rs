@@ -71,7 +71,8 @@ pub(crate) fn http(pod: &Pod, port: u16, name: &'static str) -> App {
                     answer(name, req)
                 });
                 if http2 {
-                    let builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+                    let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+                    builder.max_header_list_size(1 << 20);
                     let _ = builder.serve_connection(TokioIo::new(io), service).await;
                 } else {
                     let builder = hyper::server::conn::http1::Builder::new();
