@@ -88,7 +88,7 @@ async fn start(policy: Arc<ServerPolicy>, identity: Option<Reader>) -> (SocketAd
         admin: Admin::new(options),
         guard: inbound.guard().clone(),
         identity,
-        http: crate::inbound::http::server_config(&config.inbound.http_server),
+        http: crate::http::settings::server(&config.inbound.http_server),
         telemetry: telemetry.clone(),
     };
     tokio::spawn(server.serve(listener));

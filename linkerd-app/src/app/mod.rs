@@ -12,8 +12,9 @@ use crate::{
     config::{self, Config},
     control::{self, Control, certify::Certifier, spire},
     gateway::Gateway,
+    http::settings,
     identity::{self, Task},
-    inbound::{self, Inbound},
+    inbound::Inbound,
     outbound::Outbound,
     policy::Source,
     standalone::Standalone,
@@ -133,7 +134,7 @@ impl App {
             admin,
             guard: inbound.guard().clone(),
             identity: Some(identity.clone()),
-            http: inbound::http::server_config(&config.inbound.http_server),
+            http: settings::server(&config.inbound.http_server),
             telemetry: telemetry.clone(),
         };
         let daemon = Daemon {
