@@ -10,7 +10,7 @@ mod watch;
 use crate::{
     admin::{self, Admin, Panels},
     config::{self, Config},
-    control::{self, Control, certify::Certifier, spire},
+    control::{self, Control, ControlService, certify::Certifier, spire, traces::Exporter},
     gateway::Gateway,
     http::settings,
     identity::{self, Task},
@@ -19,7 +19,7 @@ use crate::{
     policy::Source,
     standalone::Standalone,
     tap,
-    telemetry::{Telemetry, TlsInfo, access::AccessLog, log, watchdog::Watchdog},
+    telemetry::{Telemetry, TlsInfo, access::AccessLog, log, trace, watchdog::Watchdog},
     transport::{self, BindError, BoundListener},
 };
 use linkerd_stack::{Ready, drain};
@@ -88,6 +88,7 @@ pub struct App {
 pub struct Daemon {
     identity: Reader,
     certificate: Certificate,
+    traces: Option<Exporter>,
     telemetry: Telemetry,
     ready: Ready,
     admin: (admin::Server, BoundListener),
@@ -114,6 +115,7 @@ impl App {
         let panels = Panels::default();
         let observer = observer(&config, &telemetry);
         let source = source(home, &config, &identity, &observer, &telemetry, &panels)?;
+        let traces = traces(&config, &identity, &observer, &telemetry);
         let certificate = certificate(task, &config, &identity, observer)?;
         let (inbound, outbound) = directions(&config, &identity, source, &telemetry, access_log);
         let listeners = Listeners::bind(&config)?;
@@ -142,6 +144,7 @@ impl App {
         let daemon = Daemon {
             identity: identity.clone(),
             certificate,
+            traces,
             telemetry: telemetry.clone(),
             ready,
             admin: (server, listeners.admin),
@@ -229,14 +232,16 @@ impl Listeners {
 
 /// What counts the calls to the control plane.
 fn observer(config: &Config, telemetry: &Telemetry) -> Arc<dyn control::Observer> {
-    let certify = match config.identity.as_ref().map(|identity| &identity.issuer) {
-        Some(config::Issuer::Certify { client, .. }) => Some(client),
-        Some(config::Issuer::Spire { .. } | config::Issuer::Folder { .. }) | None => None,
-    };
-    match &config.control {
-        Some(control) => Arc::new(control::metrics::Metrics::new(telemetry, control, certify)),
-        None => Arc::new(()),
+    let mut services = Vec::new();
+    if let Some(config::Issuer::Certify { client, .. }) = config.identity.as_ref().map(|identity| &identity.issuer) {
+        services.push((ControlService::Identity, client));
     }
+    if let Some(control) = &config.control {
+        services
+            .extend([(ControlService::Destination, &control.destination), (ControlService::Policy, &control.policy)]);
+    }
+    services.extend(config.traces.iter().map(|traces| (ControlService::TraceCollector, &traces.collector)));
+    Arc::new(control::metrics::Metrics::new(telemetry, services))
 }
 
 /// Who tells the data plane the truth. Its tasks are started.
@@ -280,15 +285,11 @@ fn certificate(
     match (task, config.identity.as_ref().map(|identity| &identity.issuer)) {
         (Task::Folder(folder), _) => Ok(Certificate::Folder(folder)),
         (Task::Certify(certifying), Some(config::Issuer::Certify { client, token_file, .. })) => {
-            let connect = match &client.identity {
-                Some(_) => &config.outbound.connect,
-                None => &config.inbound.connect,
-            };
             let certifier = Certifier::new(
                 identity.server_name().clone(),
                 token_file.clone(),
                 client.clone(),
-                connect.clone(),
+                connect_to(config, client).clone(),
                 config.dns,
                 Arc::new(identity.clone()),
                 observer,
@@ -300,6 +301,31 @@ fn certificate(
         }
         (Task::Certify(_) | Task::Pushed(_), _) => Err(InitError::Missing("issuer for its identity")),
     }
+}
+
+/// Switches tracing on if there is a collector.
+fn traces(
+    config: &Config,
+    identity: &Reader,
+    observer: &Arc<dyn control::Observer>,
+    telemetry: &Telemetry,
+) -> Option<Exporter> {
+    let traces = config.traces.as_ref()?;
+    Some(Exporter {
+        spans: telemetry.tracer().start(telemetry.spans().dropped.clone())?,
+        resource: trace::resource(traces),
+        collector: traces.collector.clone(),
+        connect: connect_to(config, &traces.collector).clone(),
+        dns: config.dns,
+        secure: Arc::new(identity.clone()),
+        observer: observer.clone(),
+        telemetry: telemetry.clone(),
+    })
+}
+
+/// Settings of connections to a service of the control plane (contract.md 1.6).
+fn connect_to<'a>(config: &'a Config, addr: &config::ControlAddr) -> &'a config::Connect {
+    if addr.is_loopback() { &config.inbound.connect } else { &config.outbound.connect }
 }
 
 /// The data plane, joined by the gateway.
@@ -361,6 +387,9 @@ impl Daemon {
             tasks.push(("serving the tap port".into(), tokio::spawn(tap.serve(listener)).abort_handle()));
         }
         let _ = watch::tasks(tasks, &self.telemetry);
+        if let Some(traces) = self.traces {
+            tokio::spawn(traces.run());
+        }
         tokio::spawn(watch::workers(Watchdog::new(&self.traffic), self.telemetry.clone()));
         let (identity, ready) = (self.identity, self.ready);
         tokio::spawn(async move {
@@ -390,12 +419,15 @@ fn introduce(config: &Config, identity: &Reader, listeners: &Listeners) {
     }
     tracing::info!("SNI is {}", identity.server_name());
     tracing::info!("Local identity is {}", identity.id());
-    if let Some(config::Control { destination, .. }) = &config.control {
-        let (host, port) = (&destination.host, destination.port);
-        match &destination.identity {
-            Some(id) => tracing::info!("Destinations resolved via {host}:{port} ({id})"),
-            None => tracing::info!("Destinations resolved via {host}:{port}"),
-        }
+    let at = |config::ControlAddr { host, port, identity }: &config::ControlAddr| match identity {
+        Some(id) => format!("{host}:{port} ({id})"),
+        None => format!("{host}:{port}"),
+    };
+    if let Some(control) = &config.control {
+        tracing::info!("Destinations resolved via {}", at(&control.destination));
+    }
+    if let Some(traces) = &config.traces {
+        tracing::info!("Traces are sent to {}", at(&traces.collector));
     }
 }
 

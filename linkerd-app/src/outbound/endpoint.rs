@@ -19,7 +19,7 @@ use crate::{
         endpoint::{Endpoint, Http2Params, ProtocolHint},
     },
     tap::{About, Observed, Source},
-    telemetry::{Class, EndpointLabels, EndpointMetrics},
+    telemetry::{Class, Direction, EndpointLabels, EndpointMetrics, trace::SpanKind},
 };
 use http::{HeaderName, HeaderValue, Request, Response, Version, header::HOST, uri::Authority};
 use linkerd_stack::{
@@ -146,6 +146,7 @@ impl HttpEndpoint {
         let tapped = self.kind.rt.telemetry.taps().request(&req, || self.about(&req));
         let carried =
             if self.upgrade && orig_proto::may_upgrade(&req) { orig_proto::upgrade_request(&mut req) } else { None };
+        let span = self.kind.rt.telemetry.tracer().begin(Direction::Outbound, SpanKind::Client, &mut req);
         self.metrics.request();
         let dispatched = Instant::now();
         let mut waiting = Waiting { load: Some(load), dispatched };
@@ -185,6 +186,9 @@ impl HttpEndpoint {
                 rsp
             }
         };
+        if let Some(span) = span {
+            span.answered(rsp.status());
+        }
         // Taken a moment ago; only a dropped future leaves it to the guard.
         let Some(load) = load else { return Err(Cause::Canceled.into()) };
         let class = rule.start(rsp.status(), rsp.headers());

@@ -15,7 +15,7 @@ use crate::{
     },
     policy::Target,
     tap,
-    telemetry::{Direction, Telemetry, termination::Phase},
+    telemetry::{Direction, Telemetry, termination::Phase, trace::SpanKind},
 };
 use http::{HeaderName, Method, Request, Response, StatusCode, header::HOST, uri::Authority};
 use linkerd_stack::{
@@ -88,16 +88,21 @@ impl Edge {
         if rt.telemetry.taps().any() {
             req.extensions_mut().insert(tap::Source(*client));
         }
+        let span = rt.telemetry.tracer().begin(Direction::Outbound, SpanKind::Server, &mut req);
         let mut cancellation = Cancellation { telemetry: &rt.telemetry, armed: true };
         // Until response headers; written out, because a future handed on is stored twice.
         let slot = rt.in_flight.acquire().await;
         let answered = routing.call(req, &asked).await;
         drop(slot);
         cancellation.armed = false;
-        match answered {
+        let answer = match answered {
             Ok(rsp) => Ok(finish(rt, rsp, &asked)),
             Err(error) => fail(rt, &error, &asked),
+        };
+        if let (Some(span), Ok(rsp)) = (span, &answer) {
+            span.answered(rsp.status());
         }
+        answer
     }
 }
 

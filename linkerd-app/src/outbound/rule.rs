@@ -444,13 +444,10 @@ impl Exchange<'_> {
             headers,
             idle: timeouts.idle,
         };
-        let follow_up = match filter::on_request(&rule.filters, &mut req, self.matched, crate::http::random)? {
+        let follow_up = match self.filter(&rule.filters, &rule.mirrors, &mut req, first)? {
             Flow::Forward(follow_up) => follow_up,
             Flow::Answer(parts) => return Ok(Response::from_parts(*parts, Tracked::new(Body::empty()))),
         };
-        if first {
-            mirror(&rule.mirrors, &mut req, self.asked);
-        }
         let backend = self.pick().ok_or_else(|| Error::new(rule.empty.clone()))?;
         if let Some(metrics) = &backend.metrics {
             metrics.request();
@@ -489,6 +486,21 @@ impl Exchange<'_> {
         }
     }
 
+    /// Runs filters on an attempt. Only the first is copied.
+    fn filter(
+        &self,
+        filters: &[Filter],
+        mirrors: &[Mirroring],
+        req: &mut Request<Body>,
+        first: bool,
+    ) -> Result<Flow, Error> {
+        filter::on_request_copied(filters, req, self.matched, crate::http::random, |req| {
+            if first {
+                mirror(mirrors, req, self.asked);
+            }
+        })
+    }
+
     /// A backend; the one that holds the session's replica, if there is a session.
     fn pick(&self) -> Option<&RuleBackend> {
         let backends = &self.rule.backends;
@@ -511,13 +523,10 @@ impl Exchange<'_> {
         mut req: Request<Body>,
         first: bool,
     ) -> Result<Response<Tracked>, Error> {
-        let follow_up = match filter::on_request(&backend.filters, &mut req, self.matched, crate::http::random)? {
+        let follow_up = match self.filter(&backend.filters, &backend.mirrors, &mut req, first)? {
             Flow::Forward(follow_up) => follow_up,
             Flow::Answer(parts) => return Ok(Response::from_parts(*parts, Tracked::new(Body::empty()))),
         };
-        if first {
-            mirror(&backend.mirrors, &mut req, self.asked);
-        }
         let replicas = match &*backend.concrete {
             Concrete::Replicas(replicas) => replicas,
             Concrete::Fail(failure) => {

@@ -20,7 +20,9 @@ use crate::{
         settings,
     },
     policy::Target,
-    telemetry::{Code, ConnLabels, Direction, Peer, Telemetry, TlsLabels, access::Entry, termination::Phase},
+    telemetry::{
+        Code, ConnLabels, Direction, Peer, Telemetry, TlsLabels, access::Entry, termination::Phase, trace::SpanKind,
+    },
     transport::{Metered, io_failure},
 };
 use ::http::{HeaderName, HeaderValue, Request, Response, uri::Authority};
@@ -55,9 +57,17 @@ pub(super) async fn serve(
     // Clients of direct connections name their target (behaviour.md A.5).
     let default_authority = (!conn.direct).then(|| Authority::try_from(conn.target.to_string()).ok()).flatten();
     let local = inbound.locals.http(conn.target);
-    let app = BoxService::from_fn(move |req| {
+    let telemetry = inbound.telemetry.clone();
+    let app = BoxService::from_fn(move |mut req| {
         let local = local.clone();
-        async move { local.send(req).await }
+        let span = telemetry.tracer().begin(Direction::Inbound, SpanKind::Client, &mut req);
+        async move {
+            let answered = local.send(req).await;
+            if let (Some(span), Ok(rsp)) = (span, &answered) {
+                span.answered(rsp.status());
+            }
+            answered
+        }
     });
     run(inbound, conn, Kind::App, version, io, default_authority, app, drain).await
 }
@@ -160,6 +170,13 @@ impl Shared {
             access::Line::new(log.clone(), self.policy.telemetry().clone(), Instant::now(), entry)
         });
 
+        let span = match conn.kind {
+            Kind::App | Kind::Gateway => {
+                self.policy.telemetry().tracer().begin(Direction::Inbound, SpanKind::Server, &mut req)
+            }
+            Kind::Admin => None,
+        };
+
         // Restore, identify.
         let mut asked = Asked::of(&req);
         let carried = orig_proto::restore_request(&mut req);
@@ -193,6 +210,9 @@ impl Shared {
                 }
             }
         };
+        if let Some(span) = span {
+            span.answered(rsp.status());
+        }
         if rescue::closes(&rsp) {
             rsp.extensions_mut().insert(CloseConnection);
         }

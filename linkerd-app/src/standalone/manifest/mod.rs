@@ -89,8 +89,10 @@ const KINDS: &[(Kind, &str, &str, &[&str], bool)] = &[
     (Kind::TlsRoute, GATEWAY, "TLSRoute", &["v1", "v1alpha3", "v1alpha2"], true),
     (Kind::TcpRoute, GATEWAY, "TCPRoute", &["v1", "v1alpha2"], true),
     (Kind::ReferenceGrant, GATEWAY, "ReferenceGrant", &["v1", "v1beta1"], true),
-    (Kind::BackendTlsPolicy, GATEWAY, "BackendTLSPolicy", &["v1", "v1alpha3"], true),
+    (Kind::BackendTlsPolicy, GATEWAY, "BackendTLSPolicy", &["v1", "v1alpha3", "v1alpha2"], true),
     (Kind::BackendTrafficPolicy, "gateway.networking.x-k8s.io", "XBackendTrafficPolicy", &["v1alpha1"], true),
+    // What became XBackendTrafficPolicy was called so in Gateway API 1.1 and 1.2.
+    (Kind::BackendTrafficPolicy, GATEWAY, "BackendLBPolicy", &["v1alpha2"], true),
     (Kind::Server, POLICY, "Server", &["v1beta3", "v1beta2", "v1beta1", "v1alpha1"], true),
     (Kind::ServerAuthorization, POLICY, "ServerAuthorization", &["v1beta1", "v1alpha1"], true),
     (Kind::AuthorizationPolicy, POLICY, "AuthorizationPolicy", &["v1alpha1"], true),

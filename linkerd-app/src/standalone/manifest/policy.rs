@@ -1018,7 +1018,11 @@ fn targets(raw: Vec<RawTargetRef>, at: &mut At<'_>) -> Vec<(Arc<str>, Option<Arc
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RawBackendTls {
+    #[serde(default)]
     target_refs: Vec<RawTargetRef>,
+    /// v1alpha2, of Gateway API 1.0, had one target and other names for the same fields.
+    target_ref: Option<RawTargetRef>,
+    #[serde(alias = "tls")]
     validation: RawValidation,
 }
 
@@ -1026,9 +1030,9 @@ struct RawBackendTls {
 #[serde(rename_all = "camelCase")]
 struct RawValidation {
     hostname: String,
-    #[serde(default)]
+    #[serde(default, alias = "caCertRefs")]
     ca_certificate_refs: Vec<RawRef>,
-    #[serde(rename = "wellKnownCACertificates")]
+    #[serde(rename = "wellKnownCACertificates", alias = "wellKnownCACerts")]
     well_known: Option<String>,
     #[serde(default)]
     subject_alt_names: Vec<RawSubjectName>,
@@ -1043,8 +1047,9 @@ struct RawSubjectName {
 }
 
 pub(super) fn backend_tls(value: &Value, head: Head, at: &mut At<'_>) -> Option<BackendTls> {
-    let raw: RawBackendTls = typed(value, "spec", at)?;
+    let mut raw: RawBackendTls = typed(value, "spec", at)?;
     let mut at = at.field("spec");
+    raw.target_refs.extend(raw.target_ref);
     let targets = targets(raw.target_refs, &mut at.field("targetRefs"));
     let mut at = at.field("validation");
     if !is_host_name(&raw.validation.hostname) {

@@ -353,6 +353,11 @@ pub(super) fn read(value: &Value, kind: Kind, head: Head, at: &mut At<'_>) -> Op
     let mut at = at.field("spec");
     let parents = parents(raw.parent_refs, &head, gateway, &mut at.field("parentRefs"));
     let hosts = hosts(&raw.hostnames, kinds, &mut at.field("hostnames"));
+    // The first versions of TLSRoute left the names open; a route without any is for every name.
+    let named = value["apiVersion"].as_str().is_none_or(|version| !version.ends_with("/v1alpha2"));
+    if kinds == RouteKind::Tls && raw.hostnames.is_empty() && named {
+        at.field("hostnames").error("missing", "A TLSRoute lists the names that it is for");
+    }
     let rules = rules(raw.rules, cx, &mut at.field("rules"));
     Some(Route { head, kind: kinds, gateway, parents, hosts, rules, tuning, originate })
 }
@@ -414,9 +419,6 @@ fn parents(raw: Vec<RawParent>, head: &Head, gateway: bool, at: &mut At<'_>) -> 
 /// Hosts of HTTP routes, names of TLS routes; `*.` + suffix or exact.
 fn hosts(raw: &[String], kind: RouteKind, at: &mut At<'_>) -> Vec<HostMatch> {
     let most = if kind == RouteKind::Tls { MAX_TLS_HOSTS } else { MAX_HOSTS };
-    if kind == RouteKind::Tls && raw.is_empty() {
-        at.error("missing", "A TLSRoute lists the names that it is for");
-    }
     if raw.len() > most {
         at.error(format!("{} names are more than {most}", raw.len()), "Split the route");
     }
