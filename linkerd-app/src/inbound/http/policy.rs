@@ -132,6 +132,13 @@ impl Guard {
     }
 }
 
+impl Connection {
+    /// Says where a failure happened: whoever reads of it sees only this (behaviour.md E.6).
+    pub(super) fn locate(&self, error: Error) -> Error {
+        error.context(format!("server: {}", self.target)).context(format!("client {}", self.client))
+    }
+}
+
 impl PolicyService {
     /// Puts the policy of the connection's port before `inner`.
     pub fn new(guard: Arc<Guard>, conn: Connection, inner: BoxService<Request<Body>, Response<Body>, Error>) -> Self {
@@ -238,20 +245,15 @@ impl PolicyService {
         let (observed, body) = observe::request(handles, rule, body);
         let rsp = match self.inner.send(Request::from_parts(parts, body)).await {
             Ok(rsp) => Ok(rsp),
-            Err(error) => {
-                let error = error
-                    .context(format!("server: {}", self.conn.target))
-                    .context(format!("client {}", self.conn.client));
-                // Metrics count what the client sees of a dead application: an answer.
-                if is_endpoint_level(error.cause(), asked) {
-                    let code = self.failed(&error);
-                    let mut rsp = rescue.response(&error, asked);
-                    rsp.extensions_mut().insert(code);
-                    Ok(rsp)
-                } else {
-                    Err(error)
-                }
+            // Metrics count what the client sees of a dead application: an answer.
+            Err(error) if is_endpoint_level(error.cause(), asked) => {
+                let error = self.conn.locate(error);
+                let code = self.failed(&error);
+                let mut rsp = rescue.response(&error, asked);
+                rsp.extensions_mut().insert(code);
+                Ok(rsp)
             }
+            Err(error) => Err(error),
         };
         match rsp {
             Ok(mut rsp) => {
