@@ -18,7 +18,7 @@ use crate::{
         client,
         endpoint::{Endpoint, Http2Params, ProtocolHint},
     },
-    tap::{About, Observed, Source},
+    tap::{self, About, Observed, Source},
     telemetry::{Class, Direction, EndpointLabels, EndpointMetrics, trace::SpanKind},
 };
 use http::{HeaderName, HeaderValue, Request, Response, Version, header::HOST, uri::Authority};
@@ -222,6 +222,7 @@ impl HttpEndpoint {
         let source = req.extensions().get::<Source>().map(|Source(client)| *client);
         let tls = self.connector.server_id();
         About::outbound(source, self.endpoint.addr, tls, self.endpoint.meta.labels.iter())
+            .on_route(req.extensions().get::<tap::Route>().map(|tap::Route(labels)| &**labels))
     }
 
     fn require_id(&self, req: &mut Request<Body>) -> Result<(), Error> {

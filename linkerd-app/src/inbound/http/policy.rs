@@ -29,7 +29,7 @@ use crate::{
         route::{HostMatch, RouteMatch},
         server::{Protocol, Route},
     },
-    tap::About,
+    tap::{self, About},
     telemetry::{
         Code, Counter, Direction, EndpointLabels, InboundRouteLabels, InboundServer, RouteKind, ServerLabels,
         Telemetry, access::AccessLog, termination::Phase,
@@ -221,13 +221,15 @@ impl PolicyService {
         // On, observed.
         let mut rule = Rule::of(req.headers(), matches!(policy.protocol, Protocol::Grpc(_)));
         let mut handles = handles;
+        let mut labels = None;
         if self.conn.kind == Kind::App && !self.guard.profiles.is_off() {
             let name = logical(&req);
             if let Some(name) = self.profile(name).await
-                && let Some((metrics, classes)) = name.route(&req)
+                && let Some(taken) = name.route(&req)
             {
-                handles.profile = Some(metrics);
-                rule = classes.unwrap_or(rule);
+                handles.profile = Some(taken.metrics);
+                rule = taken.rule.unwrap_or(rule);
+                labels = Some(taken.labels);
             }
         }
         let upgrade = (req.method() == Method::CONNECT || normalize::is_upgrade(&req)).then(|| {
@@ -238,7 +240,10 @@ impl PolicyService {
             head
         });
         let tapped = match self.conn.kind {
-            Kind::App => self.guard.telemetry.taps().request(&req, || self.about(&resolved, route, decision)),
+            Kind::App => self.guard.telemetry.taps().request(&req, || {
+                let labels = labels.as_ref().map(|tap::Route(labels)| &**labels);
+                self.about(&resolved, route, decision).on_route(labels)
+            }),
             Kind::Admin | Kind::Gateway => None,
         };
         let (parts, body) = req.into_parts();
