@@ -18,7 +18,7 @@ use crate::{
         client,
         endpoint::{Endpoint, Http2Params, ProtocolHint},
     },
-    tap::{self, About, Observed, Source},
+    tap::{self, About, Source},
     telemetry::{Class, Direction, EndpointLabels, EndpointMetrics, trace::SpanKind},
 };
 use http::{HeaderName, HeaderValue, Request, Response, Version, header::HOST, uri::Authority};
@@ -163,16 +163,14 @@ impl HttpEndpoint {
                 if close && self.kind.forward {
                     rsp.extensions_mut().insert(CloseConnection);
                 }
-                seen(tapped, rsp).map(Tracked::new)
+                tap::response(tapped, rsp).map(Tracked::new)
             }
             Err(error) => {
                 let error = send_error(error).context(self.context.clone());
                 let asked = Asked { orig_proto: asked.orig_proto || carried.is_some(), ..*asked };
                 if !is_endpoint_level(error.cause(), &asked) {
                     self.metrics.response(None, Class::error(error.cause()));
-                    if let Some(tapped) = tapped {
-                        tapped.failed(error.cause());
-                    }
+                    tap::failed(tapped, error.cause());
                     // A client that goes away says nothing about the endpoint.
                     if let Some(permit) = permit.filter(|_| *error.cause() != Cause::Canceled) {
                         permit.resolve(breaker::Outcome::Failure);
@@ -181,7 +179,7 @@ impl HttpEndpoint {
                 }
                 tracing::debug!(%error, "endpoint failed");
                 let rsp = self.kind.rt.rescue.response(&error, &asked);
-                let mut rsp = seen(tapped, rsp).map(Tracked::new);
+                let mut rsp = tap::response(tapped, rsp).map(Tracked::new);
                 rsp.extensions_mut().insert(Unanswered(error));
                 rsp
             }
@@ -247,14 +245,6 @@ impl HttpEndpoint {
         }
         normalize::set_authority(req, authority.clone())
             .map_err(|error| Error::new(Cause::BadRequest(error.to_string().into())).context(self.context.clone()))
-    }
-}
-
-/// Shows a response to those who tap.
-fn seen(tapped: Option<Observed>, rsp: Response<Body>) -> Response<Body> {
-    match tapped {
-        Some(tapped) => tapped.response(rsp),
-        None => rsp,
     }
 }
 

@@ -11,7 +11,10 @@ mod serve;
 #[cfg(test)]
 mod tests;
 
-pub use self::{observed::Observed, serve::Server};
+pub use self::{
+    observed::{Observed, failed, response},
+    serve::Server,
+};
 
 use self::{event::Seen, filter::Filter};
 use crate::{
