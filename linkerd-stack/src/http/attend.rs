@@ -20,8 +20,9 @@ use tokio::{
 };
 
 /// The end of a client's stream belongs to its request if it comes within this time of the request's last byte. Programs
-/// that close their side at once take microseconds between the two calls; people and timeouts take longer than this.
-const TOGETHER: Duration = Duration::from_millis(10);
+/// that close their side at once take microseconds between the two calls, or a tenth of a second where a container's share
+/// of the processor ran out in between; people and timeouts take longer than this.
+const TOGETHER: Duration = Duration::from_millis(200);
 
 /// Whether a response is pending on a connection. Clones are the same.
 #[derive(Clone, Debug, Default)]
@@ -83,17 +84,23 @@ impl<I: AsyncRead + Unpin> Attended<I> {
 
 impl<I: AsyncRead + Unpin> AsyncRead for Attended<I> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
         if buf.remaining() > 0
             && let Some(byte) = self.byte.take()
         {
             buf.put_slice(&[byte]);
-            self.fresh = true;
-            return Poll::Ready(Ok(()));
         }
-        let before = buf.filled().len();
-        let result = Pin::new(&mut self.inner).poll_read(cx, buf);
-        self.fresh |= buf.filled().len() > before;
-        result
+        // Along with the byte comes whatever follows it: a body must not be passed on in pieces of one byte.
+        let mut result = Poll::Ready(Ok(()));
+        if buf.remaining() > 0 || buf.filled().len() == before {
+            result = Pin::new(&mut self.inner).poll_read(cx, buf);
+        }
+        if buf.filled().len() == before {
+            return result;
+        }
+        self.fresh = true;
+        // What has been read goes first; the end of the stream, or its failure, will be told again.
+        Poll::Ready(Ok(()))
     }
 }
 
