@@ -679,6 +679,42 @@ async fn explicit_listeners_take_names_and_tunnels() {
     assert!(rsp.starts_with("HTTP/1.1 503 ") && rsp.contains("discovery refused nowhere:80"), "{rsp}");
 }
 
+/// A replica that never answers, behind a breaker that trips after two failures; whether it has tripped after two that
+/// met a limit.
+async fn trips(timeouts: Timeouts, retry: Option<Retry>) -> bool {
+    let w = world();
+    let tries = Arc::new(AtomicUsize::new(0));
+    let count = tries.clone();
+    let mute = app(move |_| {
+        count.fetch_add(1, SeqCst);
+        std::future::pending()
+    });
+    w.serve("a", &[mute.await]).await;
+    let backoff = Backoff { min: 60_000 * MS, max: 60_000 * MS, jitter: 0.0 };
+    let breaker = Breaker::Consecutive { max_failures: 2, backoff };
+    w.script.set_policy(name("web"), policy_with(vec![Rule { timeouts, retry, ..to("a") }], breaker));
+    // A client that goes away says nothing about the replica.
+    for _ in 0..9 {
+        assert!(tokio::time::timeout(100 * MS, w.get("/")).await.is_err());
+    }
+    let before = tries.load(SeqCst);
+    for _ in 0..3 {
+        assert!(w.get("/").await.0.is_server_error());
+    }
+    w.counted("response_total", "error=\"", 2);
+    (before, tries.load(SeqCst)) == (9, 11)
+}
+
+#[tokio::test(start_paused = true)]
+async fn limits_in_time_are_failures_of_the_replica_and_cancellations_are_not() {
+    let t = Some(300 * MS);
+    assert!(trips(Timeouts { request: t, ..Timeouts::default() }, None).await);
+    assert!(trips(Timeouts { backend_request: t, ..Timeouts::default() }, None).await);
+    assert!(trips(Timeouts { response: t, ..Timeouts::default() }, None).await);
+    let retry = Retry { timeout: t, ..retry(1) };
+    assert!(trips(Timeouts { request: Some(10_000 * MS), ..Timeouts::default() }, Some(retry)).await);
+}
+
 #[tokio::test(start_paused = true)]
 async fn failures_say_which_kind_of_nothing_was_ready() {
     let w = world();
