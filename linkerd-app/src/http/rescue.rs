@@ -87,8 +87,8 @@ pub fn closes<B>(rsp: &Response<B>) -> bool {
 pub fn verdict(cause: &Cause) -> Verdict {
     let v = |status, grpc, close| Verdict { status, grpc, close, reset: None };
     match cause {
-        Cause::FailFast => v(StatusCode::GATEWAY_TIMEOUT, 4, true),
-        Cause::LoadShed => v(StatusCode::SERVICE_UNAVAILABLE, 14, true),
+        Cause::FailFast(_) => v(StatusCode::GATEWAY_TIMEOUT, 4, true),
+        Cause::LoadShed(_) => v(StatusCode::SERVICE_UNAVAILABLE, 14, true),
         Cause::RequestTimeout(_)
         | Cause::BackendRequestTimeout(_)
         | Cause::ResponseTimeout(_)
@@ -129,8 +129,8 @@ pub fn is_endpoint_level(cause: &Cause, asked: &Asked) -> bool {
         | Cause::Http2Connection(_)
         | Cause::Loop(_) => true,
         Cause::Http2Reset(_) => asked.version < Version::HTTP_2 || asked.orig_proto,
-        Cause::FailFast
-        | Cause::LoadShed
+        Cause::FailFast(_)
+        | Cause::LoadShed(_)
         | Cause::RequestTimeout(_)
         | Cause::BackendRequestTimeout(_)
         | Cause::ResponseTimeout(_)
@@ -268,7 +268,7 @@ fn message(error: &Error) -> HeaderValue {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::RateLimitScope;
+    use crate::error::{Lack, RateLimitScope};
     use std::time::Duration;
 
     const S: Duration = Duration::from_secs(1);
@@ -309,8 +309,8 @@ mod tests {
     #[test]
     fn every_cause_has_its_answer() {
         let text: std::sync::Arc<str> = "why".into();
-        check(Cause::FailFast, 504, 4, true);
-        check(Cause::LoadShed, 503, 14, true);
+        check(Cause::FailFast(Lack::Readiness), 504, 4, true);
+        check(Cause::LoadShed(Lack::Readiness), 503, 14, true);
         check(Cause::RequestTimeout(S), 504, 4, false);
         check(Cause::BackendRequestTimeout(S), 504, 4, false);
         check(Cause::ResponseTimeout(S), 504, 4, false);

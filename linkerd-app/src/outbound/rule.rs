@@ -12,7 +12,7 @@ use super::{
     tracked::{Outgoing, ProfileHook, Tracked},
 };
 use crate::{
-    error::{Cause, Error},
+    error::{Cause, Error, Lack},
     http::{
         Asked, Match, classify,
         filter::{self, Flow},
@@ -573,7 +573,7 @@ async fn send(
             return Ok((picked.key, rsp));
         }
     }
-    Err(Error::new(Cause::LoadShed).context("every endpoint picked was shut by its breaker"))
+    Err(Error::new(Cause::LoadShed(Lack::Admission)).context("every endpoint picked was shut by its breaker"))
 }
 
 fn is_connection_error(error: &Error) -> bool {

@@ -35,6 +35,7 @@ struct Script {
     streams: Mutex<HashMap<String, mpsc::Sender<Update>>>,
     lookups: AtomicUsize,
     resolutions: AtomicUsize,
+    stale: Arc<Mutex<Option<Arc<str>>>>,
 }
 
 impl Script {
@@ -75,7 +76,8 @@ impl Source for Script {
             tx.try_send(Update::Reset(endpoints.clone())).unwrap();
         }
         self.streams.lock().insert(discovery.into(), tx);
-        Resolution(rx)
+        let (known, stale) = (self.endpoints.lock().contains_key(discovery), self.stale.clone());
+        Resolution { updates: rx, stale: Arc::new(move || stale.lock().clone().filter(|_| known)) }
     }
 }
 
@@ -727,6 +729,7 @@ async fn failures_say_which_kind_of_nothing_was_ready() {
     let rsp = w.send(get("/")).await;
     let why = "no endpoint of 1 is ready, 1 shut by circuit breakers: service in fail-fast";
     assert!(reason(&rsp).ends_with(why), "{}", reason(&rsp));
+    assert_eq!(rsp.headers()["l5d-proxy-termination"], "queue-ejected");
 
     // HTTP/2 endpoints are connected ahead of requests, so it is the connection that is missing.
     let (_port, gone) = refusing();
@@ -738,6 +741,23 @@ async fn failures_say_which_kind_of_nothing_was_ready() {
     let rsp = w.send(req).await;
     let why = format!("no endpoint of 1 is ready, 1 not connected ({gone}: ");
     assert!(reason(&rsp).contains(&why), "{}", reason(&rsp));
+    assert_eq!(rsp.headers()["l5d-proxy-termination"], "queue-unconnected");
+}
+
+#[tokio::test(start_paused = true)]
+async fn failures_say_that_discovery_is_away() {
+    let w = world();
+    w.serve("a", &[]).await;
+    w.script.set_policy(name("web"), policy(vec![to("a")]));
+    let rsp = w.send(get("/")).await;
+    assert!(reason(&rsp).ends_with("no endpoints: service in fail-fast"), "{}", reason(&rsp));
+    assert_eq!(rsp.headers()["l5d-proxy-termination"], "queue-no-endpoints");
+    *w.script.stale.lock() = Some("connection refused".into());
+    tokio::time::advance(2_000 * MS).await;
+    let rsp = w.send(get("/")).await;
+    let why = "no endpoints, and discovery is stale (connection refused): service unavailable";
+    assert!(reason(&rsp).ends_with(why), "{}", reason(&rsp));
+    assert_eq!(rsp.headers()["l5d-proxy-termination"], "queue-stale-discovery");
 }
 
 #[tokio::test(start_paused = true)]

@@ -119,8 +119,8 @@ impl Kind for InboundError {
 
     fn of(cause: &Cause) -> Self {
         match cause {
-            Cause::FailFast => Self::FailFast,
-            Cause::LoadShed => Self::LoadShed,
+            Cause::FailFast(_) => Self::FailFast,
+            Cause::LoadShed(_) => Self::LoadShed,
             Cause::Io { .. } | Cause::ConnectTimeout(_) | Cause::IncompleteResponse | Cause::Tls(_) => Self::Io,
             Cause::DetectTimeout(_) => Self::TlsDetectTimeout,
             Cause::GatewayLoop => Self::GatewayLoop,
@@ -177,14 +177,14 @@ impl Kind for OutboundError {
         match cause {
             Cause::Io { .. } | Cause::ConnectTimeout(_) | Cause::IncompleteResponse | Cause::Tls(_) => Self::Io,
             Cause::RequiredId { .. } => Self::IdentityRequired,
-            Cause::FailFast => Self::FailFast,
+            Cause::FailFast(_) => Self::FailFast,
             Cause::RequestTimeout(_)
             | Cause::BackendRequestTimeout(_)
             | Cause::ResponseTimeout(_)
             | Cause::ResponseHeadersTimeout(_)
             | Cause::IdleTimeout(_)
             | Cause::ProfileTimeout(_) => Self::ResponseTimeout,
-            Cause::LoadShed => Self::LoadShed,
+            Cause::LoadShed(_) => Self::LoadShed,
             Cause::FailBackend { .. }
             | Cause::NoRoute
             | Cause::Redirect { .. }
@@ -228,8 +228,8 @@ impl StreamError {
     /// The kind of a cause; none for answers that policy asked for, which have a status instead.
     pub fn of(cause: &Cause) -> Option<Self> {
         Some(match cause {
-            Cause::FailFast => Self::FailFast,
-            Cause::LoadShed => Self::LoadShed,
+            Cause::FailFast(_) => Self::FailFast,
+            Cause::LoadShed(_) => Self::LoadShed,
             Cause::Redirect { .. } | Cause::InjectedHttp { .. } | Cause::InjectedGrpc { .. } => return None,
             // `backendRequest` bounds one attempt as the per-try timeout does.
             Cause::ResponseHeadersTimeout(_) | Cause::BackendRequestTimeout(_) => Self::ResponseHeadersTimeout,
@@ -293,8 +293,8 @@ impl RouteCloseError {
             Cause::Forbidden(_) => Self::Forbidden,
             Cause::FailBackend { .. } => Self::InvalidBackend,
             Cause::InvalidPolicy(_) => Self::InvalidPolicy,
-            Cause::FailFast
-            | Cause::LoadShed
+            Cause::FailFast(_)
+            | Cause::LoadShed(_)
             | Cause::RequestTimeout(_)
             | Cause::BackendRequestTimeout(_)
             | Cause::ResponseTimeout(_)
@@ -396,6 +396,7 @@ pub(super) fn encode<K: Kind>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Lack;
     use std::sync::Arc;
 
     #[test]
@@ -407,9 +408,9 @@ mod tests {
     #[test]
     fn only_kinds_that_happened_are_printed() {
         let errors = ErrorMetrics::<InboundError>::default();
-        errors.failed(&Cause::FailFast);
+        errors.failed(&Cause::FailFast(Lack::Readiness));
         errors.failed(&Cause::Io { errno: None, message: "refused".into() });
-        errors.failed(&Cause::FailFast);
+        errors.failed(&Cause::FailFast(Lack::Readiness));
         let series = [Series { text: "t=\"1\"".into(), last_value: 3, metric: Arc::new(errors) }];
         let mut out = String::new();
         encode(&mut out, "inbound_http_errors_total", "H.", Place::First, &series);
