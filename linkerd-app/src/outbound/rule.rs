@@ -5,7 +5,7 @@
 use super::{
     Runtime,
     concrete::{Concrete, Distribution, Replica, Replicas, Unready, random},
-    endpoint::{HttpEndpoint, Unanswered, backoff_of},
+    endpoint::{HttpEndpoint, Unanswered},
     limits::{Limits, Progress},
     params::Params,
     session::Token,
@@ -16,7 +16,7 @@ use crate::{
     http::{
         Asked, Match, classify,
         filter::{self, Flow},
-        is_grpc,
+        is_grpc, settings,
     },
     policy::{
         client::Session,
@@ -318,7 +318,7 @@ impl Exchange<'_> {
             // Gives connection and load back before the wait.
             drop(result);
             if let Some(backoff) = self.params.retry.as_ref().and_then(|r| r.backoff.as_ref()) {
-                let wait = backoff_of(backoff).delay(retries, rand::rng().random());
+                let wait = settings::backoff(backoff).delay(retries, rand::rng().random());
                 sleep(wait).await;
             }
             retries += 1;
