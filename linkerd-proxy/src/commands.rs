@@ -284,6 +284,10 @@ fn settings(names: &Names, config: &Config) -> Result<standalone::Settings, Stri
     let mut settings = standalone::Settings {
         trust_domain: names.trust_domain.as_str().into(),
         cluster_domain: names.cluster_domain.as_str().into(),
+        control_plane_namespace: names.control_plane_namespace.as_str().into(),
+        egress_namespace: names.global_egress_network_namespace.as_str().into(),
+        l5d_headers: names.allow_l5d_request_headers,
+        prefer_ipv6: names.prefer_ipv6,
         default_policy: config.inbound.default_policy,
         inbound_detect_timeout: config.inbound.detect_timeout,
         outbound_detect_timeout: config.outbound.detect_timeout,
@@ -294,6 +298,9 @@ fn settings(names: &Names, config: &Config) -> Result<standalone::Settings, Stri
     }
     if !config.inbound.opaque_ports.is_empty() {
         settings.opaque_ports = config.inbound.opaque_ports.clone();
+    }
+    if !names.probe_networks.is_empty() {
+        settings.probe_networks = names.probe_networks.clone();
     }
     for range in &names.service_ranges {
         match range.parse() {
