@@ -14,6 +14,7 @@ pub mod outbound;
 pub mod policy;
 pub mod redirect;
 pub mod standalone;
+pub mod tap;
 pub mod telemetry;
 pub mod transport;
 pub mod validate;
