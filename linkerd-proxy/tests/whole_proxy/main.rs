@@ -10,6 +10,7 @@ mod control_plane;
 mod endings;
 mod federation;
 mod gateway;
+mod giving_up;
 mod inbound;
 mod metrics;
 mod net;
