@@ -137,6 +137,8 @@ settings! {
     "LINKERD2_PROXY_METRICS_MAX_SERIES", "integer above 0", "10000", "Label sets that one group of metric families may have; more go to one series labelled series=\"other\".";
     "LINKERD2_PROXY_OUTBOUND_METRICS_HOSTNAME_LABELS", "bool", "false", "hostname labels on outbound route metrics.";
     "LINKERD2_PROXY_INBOUND_METRICS_AUTHORITY_LABELS", "empty or unsafe", "empty", "unsafe: authority labels on inbound metrics.";
+    "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_ADDR", "addr", "unset", "Trace collector, OTLP over gRPC; unset = trace headers pass untouched and no spans are made.";
+    "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_NAME", "DNS name", "required unless loopback", "Its identity.";
     "LINKERD2_PROXY_TAP_SVC_NAME", "identity", "unset", "The only client that may tap; unset = tap off.";
     "LINKERD2_PROXY_SHUTDOWN_GRACE_PERIOD", "duration", "2m", "Longest drain.";
     "LINKERD2_PROXY_SHUTDOWN_ENDPOINT_ENABLED", "bool", "false", "Enables POST /shutdown.";
@@ -201,17 +203,16 @@ const KNOWN_ELSEWHERE: &[&str] = &[
     "LINKERD2_PROXY_CORES_MIN",
     "LINKERD2_PROXY_CORES_MAX",
     "LINKERD2_PROXY_CORES_MAX_RATIO",
-    "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_ADDR",
-    "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_NAME",
-    "LINKERD2_PROXY_TRACE_SERVICE_NAME",
-    "LINKERD2_PROXY_TRACE_ATTRIBUTES_PATH",
-    "LINKERD2_PROXY_TRACE_EXTRA_ATTRIBUTES",
+    TRACE_SERVICE_NAME,
+    TRACE_ATTRIBUTES_PATH,
+    TRACE_EXTRA_ATTRIBUTES,
     "LINKERD2_PROXY_TRACE_PROTOCOL",
     "LINKERD2_PROXY_TRACE_ANNOTATIONS_PATH",
 ];
 
-/// What turns tracing on in the original.
-const TRACE_COLLECTOR: &str = "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_ADDR";
+const TRACE_SERVICE_NAME: &str = "LINKERD2_PROXY_TRACE_SERVICE_NAME";
+const TRACE_ATTRIBUTES_PATH: &str = "LINKERD2_PROXY_TRACE_ATTRIBUTES_PATH";
+const TRACE_EXTRA_ATTRIBUTES: &str = "LINKERD2_PROXY_TRACE_EXTRA_ATTRIBUTES";
 
 /// Set by the injector; enforced by policy alone (contract.md 1.18).
 const NO_EFFECT: &[&str] =
@@ -231,9 +232,6 @@ pub fn parse(
 ) -> Result<Parsed, Invalid> {
     let mut env = Reader { lookup, faults: Vec::new(), warnings: Vec::new(), class: None };
     let config = config(&mut env, mode);
-    if (env.lookup)(TRACE_COLLECTOR).is_some() {
-        env.warnings.push(format!("{TRACE_COLLECTOR} has no effect: this proxy exports no traces yet"));
-    }
     for name in names {
         if NO_EFFECT.contains(&&*name) {
             env.warnings.push(format!("{name} has no effect: the policy controller enforces it"));
@@ -273,7 +271,12 @@ pub fn reference() -> String {
          | `LINKERD2_PROXY_ACCESS_LOG` | off | `apache` or `json` |\n\
          | `LINKERD2_PROXY_CORES_MIN`, `LINKERD2_PROXY_CORES` | 1 | least worker threads |\n\
          | `LINKERD2_PROXY_CORES_MAX` | unset | wanted worker threads |\n\
-         | `LINKERD2_PROXY_CORES_MAX_RATIO` | unset | wanted share of the CPUs |\n",
+         | `LINKERD2_PROXY_CORES_MAX_RATIO` | unset | wanted share of the CPUs |\n\
+         | `LINKERD2_PROXY_TRACE_SERVICE_NAME` | unset | `service.name` of the spans |\n\
+         | `LINKERD2_PROXY_TRACE_ATTRIBUTES_PATH` | unset | file of `key=value` lines, read once: attributes of the spans' resource |\n\
+         | `LINKERD2_PROXY_TRACE_EXTRA_ATTRIBUTES` | unset | more of them, `key=value` lines |\n\
+         | `OTEL_RESOURCE_ATTRIBUTES` | unset | more of them, `key=value` lines or a comma list; the last of all that have one key wins |\n\
+         | `HOSTNAME` | empty | `host.name` of the spans |\n",
     );
     page
 }
@@ -326,6 +329,11 @@ impl Reader<'_> {
         self.parse(name, parse)
     }
 
+    /// The text of a variable whose bad values never stop the proxy: what is no Unicode counts as unset.
+    fn lenient(&self, name: &str) -> Option<String> {
+        (self.lookup)(name)?.into_string().ok()
+    }
+
     fn class(&mut self, class: Class) {
         self.class = Some(self.class.map_or(class, |first| first.min(class)));
     }
@@ -371,6 +379,7 @@ fn config(env: &mut Reader<'_>, mode: Mode) -> Option<Config> {
         min_ttl: env.parse("LINKERD2_PROXY_DNS_MIN_TTL", s::duration),
         max_ttl: env.parse("LINKERD2_PROXY_DNS_MAX_TTL", s::duration),
     };
+    let traces = traces(env);
     let (identity, control) = match mode {
         Mode::Standalone { .. } => (None, None),
         Mode::Linkerd => {
@@ -388,6 +397,7 @@ fn config(env: &mut Reader<'_>, mode: Mode) -> Option<Config> {
         control,
         tap,
         metrics,
+        traces,
         shutdown_grace_period,
         core_dumps,
         dns,
@@ -715,7 +725,7 @@ fn identity(env: &mut Reader<'_>) -> Option<Identity> {
                 env,
                 "LINKERD2_PROXY_IDENTITY_SVC_ADDR",
                 "LINKERD2_PROXY_IDENTITY_SVC_NAME",
-                Class::InvalidVariable,
+                Some(Class::InvalidVariable),
             );
             match (trust_anchors, dir, token_file, client) {
                 (Some(trust_anchors), Some(dir), Some(token_file), Some(client)) => {
@@ -733,9 +743,10 @@ fn control(env: &mut Reader<'_>, inbound: &Inbound, outbound: &Outbound) -> Opti
         env,
         "LINKERD2_PROXY_DESTINATION_SVC_ADDR",
         "LINKERD2_PROXY_DESTINATION_SVC_NAME",
-        Class::NoDestination,
+        Some(Class::NoDestination),
     );
-    let policy = control_addr(env, "LINKERD2_PROXY_POLICY_SVC_ADDR", "LINKERD2_PROXY_POLICY_SVC_NAME", Class::NoPolicy);
+    let policy =
+        control_addr(env, "LINKERD2_PROXY_POLICY_SVC_ADDR", "LINKERD2_PROXY_POLICY_SVC_NAME", Some(Class::NoPolicy));
     let workload = env.required("LINKERD2_PROXY_POLICY_WORKLOAD", |text| Ok(text.to_string()));
     let destination_context = env.or("LINKERD2_PROXY_DESTINATION_CONTEXT", String::new(), |text| Ok(text.to_string()));
     let initial = env.parse("LINKERD2_PROXY_CONTROL_STREAM_INITIAL_TIMEOUT", s::duration_or_empty).flatten();
@@ -769,16 +780,43 @@ fn control(env: &mut Reader<'_>, inbound: &Inbound, outbound: &Outbound) -> Opti
     })
 }
 
-/// An address with its identity. Loopback addresses need none (contract.md 1.6).
-fn control_addr(env: &mut Reader<'_>, addr: &'static str, name: &'static str, absent: Class) -> Option<ControlAddr> {
+/// Where spans go, and what is said of where they come from (contract.md 1.9).
+fn traces(env: &mut Reader<'_>) -> Option<Traces> {
+    let collector =
+        control_addr(env, "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_ADDR", "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_NAME", None)?;
+    let otel = env.lenient("OTEL_RESOURCE_ATTRIBUTES").map(|text| s::otel_attributes(&text));
+    Some(Traces {
+        collector,
+        service_name: env.lenient(TRACE_SERVICE_NAME),
+        attributes_path: env.lenient(TRACE_ATTRIBUTES_PATH).map(PathBuf::from),
+        attributes: env
+            .lenient(TRACE_EXTRA_ATTRIBUTES)
+            .iter()
+            .flat_map(|text| text.lines().map(str::to_string))
+            .chain(otel.unwrap_or_default())
+            .collect(),
+        host_name: env.lenient("HOSTNAME").unwrap_or_default(),
+    })
+}
+
+/// An address with its identity. Loopback addresses need none (contract.md 1.6). `absent` is the class of failure where the
+/// service is required.
+fn control_addr(
+    env: &mut Reader<'_>,
+    addr: &'static str,
+    name: &'static str,
+    absent: Option<Class>,
+) -> Option<ControlAddr> {
     let has_addr = (env.lookup)(addr).is_some();
     let has_name = (env.lookup)(name).is_some();
     let identity = env.parse(name, s::dns_name);
     let parsed = env.parse(addr, s::addr);
     match (has_addr, has_name) {
         (false, false) => {
-            env.class(absent);
-            env.fault(addr, None, "must be set");
+            if let Some(class) = absent {
+                env.class(class);
+                env.fault(addr, None, "must be set");
+            }
             None
         }
         (false, true) => {
@@ -787,7 +825,7 @@ fn control_addr(env: &mut Reader<'_>, addr: &'static str, name: &'static str, ab
         }
         (true, _) => {
             let mut parsed = parsed?;
-            if s::is_loopback(&parsed) {
+            if parsed.is_loopback() {
                 return Some(parsed);
             }
             if !has_name {
@@ -1007,14 +1045,36 @@ mod tests {
                 ("LINKERD2_PROXY_INBOUND_SERVER_HTTP2_KEEP_ALIVE_INTERVAL", "10s"),
                 ("LINKERD2_PROXY_INBOUND_PORTS_REQUIRE_TLS", "8080"),
                 ("LINKERD2_PROXY_TYPO", "1"),
-                ("LINKERD2_PROXY_TRACE_COLLECTOR_SVC_ADDR", "collector.linkerd-jaeger:4317"),
             ],
             Mode::Linkerd,
         )
         .expect("valid");
-        for name in ["KEEP_ALIVE_INTERVAL", "REQUIRE_TLS", "LINKERD2_PROXY_TYPO", "no traces"] {
+        for name in ["KEEP_ALIVE_INTERVAL", "REQUIRE_TLS", "LINKERD2_PROXY_TYPO"] {
             assert!(parsed.warnings.iter().any(|w| w.contains(name)), "{name}: {:?}", parsed.warnings);
         }
+    }
+
+    #[test]
+    fn a_collector_turns_tracing_on() {
+        const ADDR: &str = "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_ADDR";
+        const NAME: &str = "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_NAME";
+        assert!(good(&[(TRACE_SERVICE_NAME, "web"), ("OTEL_RESOURCE_ATTRIBUTES", "a=b")]).traces.is_none());
+        assert_eq!(faults(&[(ADDR, "collector:4317")]), [NAME]);
+        assert_eq!(faults(&[(NAME, "collector.id")]), [ADDR]);
+        assert_eq!(faults(&[(ADDR, "collector")]), [ADDR]);
+        let traces = good(&[
+            (ADDR, "collector:4317"),
+            (NAME, "collector.id"),
+            (TRACE_SERVICE_NAME, "web"),
+            (TRACE_EXTRA_ATTRIBUTES, "a=1\nb=2"),
+            ("OTEL_RESOURCE_ATTRIBUTES", "c=3,d=4"),
+            ("HOSTNAME", "web-0"),
+        ])
+        .traces
+        .expect("tracing");
+        assert_eq!(traces.collector.identity.expect("an identity").as_str(), "collector.id");
+        assert_eq!((traces.service_name.as_deref(), &*traces.host_name), (Some("web"), "web-0"));
+        assert_eq!(traces.attributes, ["a=1", "b=2", "c=3", "d=4"]);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::{
         rescue::{Close, Rescue},
     },
     policy::Target,
-    telemetry::{Direction, Telemetry, termination::Phase},
+    telemetry::{Direction, Telemetry, termination::Phase, trace::SpanKind},
 };
 use http::{HeaderName, Method, Request, Response, StatusCode, header::HOST, uri::Authority};
 use linkerd_stack::{
@@ -80,19 +80,24 @@ impl Edge {
         Self(Arc::new(Inner { rt, routing }))
     }
 
-    async fn answer(self, req: Request<Body>) -> Result<Response<Body>, Reset> {
+    async fn answer(self, mut req: Request<Body>) -> Result<Response<Body>, Reset> {
         let Inner { rt, routing } = &*self.0;
         let asked = Asked::of(&req);
+        let span = rt.telemetry.tracer().begin(Direction::Outbound, SpanKind::Server, &mut req);
         let mut cancellation = Cancellation { telemetry: &rt.telemetry, armed: true };
         // Until response headers; written out, because a future handed on is stored twice.
         let slot = rt.in_flight.acquire().await;
         let answered = routing.call(req, &asked).await;
         drop(slot);
         cancellation.armed = false;
-        match answered {
+        let answer = match answered {
             Ok(rsp) => Ok(finish(rt, rsp, &asked)),
             Err(error) => fail(rt, &error, &asked),
+        };
+        if let (Some(span), Ok(rsp)) = (span, &answer) {
+            span.answered(rsp.status());
         }
+        answer
     }
 }
 

@@ -23,6 +23,7 @@ mod route;
 mod store;
 mod tcp;
 pub mod termination;
+pub mod trace;
 pub mod watchdog;
 
 pub use self::{
@@ -33,7 +34,7 @@ pub use self::{
     },
     errors::{ErrorMetrics, InboundError, Kind, OutboundError, RouteCloseError, StreamError},
     health::{Condition, Health},
-    http::{Class, EndpointMetrics, HttpMetrics, ProfileRouteMetrics},
+    http::{Class, EndpointMetrics, HttpMetrics, ProfileRouteMetrics, h2_reason},
     labels::{
         BackendLabels, ConnLabels, Direction, EndpointLabels, InboundRouteLabels, Peer, ProfileRouteLabels,
         RouteLabels, ServerLabels, TlsLabels, authority,
@@ -94,6 +95,7 @@ struct Inner {
     /// Bytes of connection label sets that are gone.
     gone_zones: Arc<Mutex<Zones>>,
     spans: SpanMetrics,
+    tracer: trace::Tracer,
     inbound_routes: Kinds<InboundRouteMetrics>,
     outbound_routes: Kinds<RouteMetrics>,
     outbound_backends: Kinds<BackendMetrics>,
@@ -161,6 +163,8 @@ pub struct SpanMetrics {
     pub requests: Counter,
     /// Spans exported.
     pub spans: Counter,
+    /// Spans that were not: the queue was full, or the collector did not take them.
+    pub dropped: Arc<Counter>,
 }
 
 impl Telemetry {
@@ -233,6 +237,7 @@ impl Telemetry {
             conns,
             gone_zones,
             spans: SpanMetrics::default(),
+            tracer: trace::Tracer::default(),
             inbound_routes: groups.kinds("inbound_http", "inbound_grpc"),
             outbound_routes: groups.kinds("outbound_http_route", "outbound_grpc_route"),
             outbound_backends: groups.kinds("outbound_http_route_backend", "outbound_grpc_route_backend"),
@@ -414,6 +419,11 @@ impl Telemetry {
         self.0.manifests.clone()
     }
 
+    /// Makes spans of requests, once it is switched on.
+    pub fn tracer(&self) -> &trace::Tracer {
+        &self.0.tracer
+    }
+
     /// Export of trace spans.
     pub fn spans(&self) -> &SpanMetrics {
         &self.0.spans
@@ -492,6 +502,7 @@ impl Inner {
             ("opentelemetry_span_export_streams", "Streams opened to export spans.", &self.spans.streams),
             ("opentelemetry_span_export_requests", "Messages sent to export spans.", &self.spans.requests),
             ("opentelemetry_span_exports", "Spans exported.", &self.spans.spans),
+            ("opentelemetry_span_drops", "Spans that were lost instead.", &self.spans.dropped),
         ];
         for (name, help, counter) in spans {
             let none = legacy::Sample { before: &[], base: "", after: &[] };
