@@ -15,6 +15,7 @@ mod endings;
 mod federation;
 mod filters;
 mod gateway;
+mod giving_up;
 mod heads;
 mod inbound;
 mod ingress;
