@@ -12,6 +12,7 @@ pub mod identity;
 pub mod inbound;
 pub mod outbound;
 pub mod policy;
+mod probe;
 pub mod redirect;
 pub mod standalone;
 pub mod tap;

@@ -5,6 +5,7 @@ use super::{
     Runtime,
     concrete::Unready,
     connect::Connector,
+    limits::Expired,
     tracked::{EndpointHook, Tracked, outcome},
 };
 use crate::{
@@ -139,6 +140,7 @@ impl HttpEndpoint {
         asked: &Asked,
         load: LoadHandle,
         permit: Option<Permit>,
+        expired: &Expired,
     ) -> Result<Response<Tracked>, Error> {
         self.require_id(&mut req)?;
         self.override_authority(&mut req)?;
@@ -149,9 +151,10 @@ impl HttpEndpoint {
         let span = self.kind.rt.telemetry.tracer().begin(Direction::Outbound, SpanKind::Client, &mut req);
         self.metrics.request();
         let dispatched = Instant::now();
-        let mut waiting = Waiting { load: Some(load), dispatched };
+        let mut waiting = Waiting { held: Some((load, permit)), endpoint: self, dispatched, expired };
         let sent = self.client.send(req).await;
-        let load = waiting.load.take();
+        // Taken once: only a dropped future leaves it to the guard.
+        let Some((load, permit)) = waiting.held.take() else { return Err(Cause::Canceled.into()) };
         let mut rsp = match sent {
             Ok(mut rsp) => {
                 if let Some(carried) = carried {
@@ -187,8 +190,6 @@ impl HttpEndpoint {
         if let Some(span) = span {
             span.answered(rsp.status());
         }
-        // Taken a moment ago; only a dropped future leaves it to the guard.
-        let Some(load) = load else { return Err(Cause::Canceled.into()) };
         let class = rule.start(rsp.status(), rsp.headers());
         let unanswered = rsp.extensions().get::<Unanswered>().is_some();
         let penalty = match &self.kind.penalty {
@@ -248,17 +249,25 @@ impl HttpEndpoint {
     }
 }
 
-/// A request without an answer yet. If it is given up (a timeout, a client that went away), the time that it took so far
-/// counts as latency: a replica that never answers must not look like one that was never asked.
-struct Waiting {
-    load: Option<LoadHandle>,
+/// A request without an answer yet. If it is given up, the time that it took so far counts as latency: a replica that never
+/// answers must not look like one that was never asked. A limit in time that ended it is a failure of the replica; a client
+/// that went away says nothing about it.
+struct Waiting<'a> {
+    held: Option<(LoadHandle, Option<Permit>)>,
+    endpoint: &'a HttpEndpoint,
     dispatched: Instant,
+    expired: &'a Expired,
 }
 
-impl Drop for Waiting {
+impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        if let Some(load) = self.load.take() {
-            load.penalize(self.dispatched.elapsed());
+        let Some((load, permit)) = self.held.take() else { return };
+        load.penalize(self.dispatched.elapsed());
+        if let Some(cause) = self.expired.take() {
+            self.endpoint.metrics.response(None, Class::error(&cause));
+            if let Some(permit) = permit {
+                permit.resolve(breaker::Outcome::Failure);
+            }
         }
     }
 }

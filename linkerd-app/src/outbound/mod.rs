@@ -23,7 +23,7 @@ use self::{
     discover::{Discover, Found},
     http::{Edge, Named, Routing},
     opaque::Client,
-    protocol::Spoken,
+    protocol::{Early, Ingress, Spoken},
 };
 use crate::{
     config,
@@ -198,13 +198,7 @@ impl Outbound {
                 let route = found.tcp().get().route(Some(&sni))?;
                 route.forward(Client::Tcp(io, read, counted), None, Some(&sni)).await
             }
-            Spoken::Opaque(read, Some((route, opened, speech))) => {
-                route.forward(Client::Tcp(io, read, counted), Some((opened, speech)), None).await
-            }
-            Spoken::Opaque(read, None) => {
-                let route = found.tcp().get().route(None)?;
-                route.forward(Client::Tcp(io, read, counted), None, None).await
-            }
+            Spoken::Opaque(read, early) => opaque(&found, Client::Tcp(io, read, counted), early).await,
         }
     }
 
@@ -271,16 +265,13 @@ impl Outbound {
         target: SocketAddr,
         drain: drain::Watch,
     ) -> Result<(), Error> {
-        match protocol::http(self.rt.config.detect_timeout, &mut io).await? {
-            (Some(version), read) => {
+        let find = self.discover.find(Target::Addr(target));
+        match protocol::ingress(&self.rt, find, &mut io).await? {
+            Ingress::Http(version, read) => {
                 let routing = Routing::Ingress(Named::new(self.discover.clone()), Target::Addr(target));
                 self.http(version, counted.around(PrefixedIo::new(read, io)), client, routing, drain).await
             }
-            (None, read) => {
-                let found = self.discover.find(Target::Addr(target)).await?;
-                let route = found.tcp().get().route(None)?;
-                route.forward(Client::Tcp(io, read, counted), None, None).await
-            }
+            Ingress::Opaque(found, read, early) => opaque(&found, Client::Tcp(io, read, counted), early).await,
         }
     }
 
@@ -319,8 +310,7 @@ impl Outbound {
     /// When the target is not found or refuses, or either side breaks.
     pub async fn opaque_for(&self, target: Target, io: BoxedIo) -> Result<(), Error> {
         let found = self.discover.find(target).await?;
-        let route = found.tcp().get().route(None)?;
-        route.forward(Client::Other(io), None, None).await
+        opaque(&found, Client::Other(io), None).await
     }
 }
 
@@ -332,6 +322,14 @@ impl gateway::Outbound for Outbound {
     fn opaque(&self, target: Target, io: BoxedIo) -> futures_util::future::BoxFuture<'static, Result<(), Error>> {
         let this = self.clone();
         Box::pin(async move { this.opaque_for(target, io).await })
+    }
+}
+
+/// Forwards a connection, over what was opened for it already if anything was.
+async fn opaque(found: &Found, client: Client, early: Option<Early>) -> Result<(), Error> {
+    match early {
+        Some((route, opened, speech)) => route.forward(client, Some((opened, speech)), None).await,
+        None => found.tcp().get().route(None)?.forward(client, None, None).await,
     }
 }
 

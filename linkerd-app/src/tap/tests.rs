@@ -158,7 +158,10 @@ fn failures_and_requests_given_up_are_resets() {
         assert_eq!((end.eos, end.since_response_init), (Some(reason.into()), None));
     };
     check(drop, h2::Reason::CANCEL);
-    check(|seen| seen.failed(&crate::error::Cause::FailFast), h2::Reason::INTERNAL_ERROR);
+    check(
+        |seen| seen.failed(&crate::error::Cause::FailFast(crate::error::Lack::Readiness)),
+        h2::Reason::INTERNAL_ERROR,
+    );
     check(|seen| seen.failed(&crate::error::Cause::Http2Reset(h2::Reason::REFUSED_STREAM)), h2::Reason::REFUSED_STREAM);
 }
 
