@@ -153,7 +153,8 @@ fn serve(config: Config, home: Home, log: log::Handle, traffic: Runtime) -> Exit
         Ok(daemon) => daemon,
         Err(error) => return failure(&format!("cannot start the admin runtime: {error}")),
     };
-    let parts = Parts { config, home, telemetry, access_log: access_log.clone(), log, env };
+    let beside = daemon.handle().clone();
+    let parts = Parts { config, home, telemetry, access_log: access_log.clone(), log, env, beside };
     let built = {
         let _entered = traffic.enter();
         App::build(parts).map_err(|error| error.to_string()).and_then(|built| {

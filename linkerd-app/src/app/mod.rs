@@ -57,6 +57,8 @@ pub struct Parts {
     pub log: log::Handle,
     /// The environment, for the admin server.
     pub env: BTreeMap<String, String>,
+    /// The runtime that [`Daemon::run`] will run on.
+    pub beside: Handle,
 }
 
 /// Why a proxy can't be built. The process ends with exit code 1.
@@ -108,7 +110,7 @@ impl App {
     /// # Errors
     /// [`InitError`] names what can't be had.
     pub fn build(parts: Parts) -> Result<(Self, Daemon), InitError> {
-        let Parts { config, home, telemetry, access_log, log, env } = parts;
+        let Parts { config, home, telemetry, access_log, log, env, beside } = parts;
         let (identity, task) = identity::prepare(config.identity.as_ref().ok_or(InitError::Missing("identity"))?)?;
         let panels = Panels::default();
         let observer = observer(&config, &telemetry);
@@ -116,8 +118,9 @@ impl App {
         let traces = traces(&config, &identity, &observer, &telemetry);
         let certificate = certificate(task, &config, &identity, observer)?;
         let (inbound, outbound) = directions(&config, &identity, source, &telemetry, access_log);
-        let listeners = Listeners::bind(&config)?;
+        let listeners = Listeners::bind(&config, &beside)?;
         telemetry.set_tls_info(tls_info());
+        telemetry.set_runtime(&Handle::current());
         watch::directions(&inbound, &outbound, &panels);
         watch::identity(&identity, &telemetry, &panels);
         introduce(&config, &identity, &listeners);
@@ -216,12 +219,13 @@ struct Listeners {
 }
 
 impl Listeners {
-    fn bind(config: &Config) -> Result<Self, BindError> {
-        Ok(Self {
-            inbound: transport::bind(&config.inbound.listen)?,
-            outbound: config.outbound.listen.iter().map(transport::bind).collect::<Result<_, _>>()?,
-            admin: transport::bind(&config.admin.listen)?,
-        })
+    /// `beside` is the runtime that serves the admin port: a socket hears of connections through the runtime in which it
+    /// was bound, and operators must be heard while traffic hangs.
+    fn bind(config: &Config, beside: &Handle) -> Result<Self, BindError> {
+        let inbound = transport::bind(&config.inbound.listen)?;
+        let outbound = config.outbound.listen.iter().map(transport::bind).collect::<Result<_, _>>()?;
+        let _entered = beside.enter();
+        Ok(Self { inbound, outbound, admin: transport::bind(&config.admin.listen)? })
     }
 }
 

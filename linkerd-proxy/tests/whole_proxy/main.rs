@@ -15,6 +15,7 @@ mod filters;
 mod gateway;
 mod giving_up;
 mod heads;
+mod health;
 mod inbound;
 mod ingress;
 mod ipv6;
