@@ -15,6 +15,7 @@ pub mod policy;
 mod probe;
 pub mod redirect;
 pub mod standalone;
+pub mod tap;
 pub mod telemetry;
 pub mod transport;
 pub mod validate;

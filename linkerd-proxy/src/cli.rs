@@ -47,6 +47,21 @@ pub(crate) struct Mesh {
     /// Range from which Services without a clusterIP get one; once for IPv4 and once for IPv6.
     #[arg(long = "service-range", value_name = "CIDR")]
     pub(crate) service_ranges: Vec<String>,
+    /// Namespace of the control plane: a part of identities, and the label of Pods that have a proxy.
+    #[arg(long, value_name = "NAME", default_value = "linkerd")]
+    pub(crate) control_plane_namespace: String,
+    /// Namespace whose EgressNetworks count for namespaces that have none.
+    #[arg(long, value_name = "NAME", default_value = "linkerd-egress")]
+    pub(crate) global_egress_network_namespace: String,
+    /// Networks that probes come from, where ports have no routes of their own; any if not given.
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    pub(crate) probe_networks: Vec<ipnet::IpNet>,
+    /// Honour the request headers l5d-timeout, l5d-response-timeout and l5d-retry-*.
+    #[arg(long)]
+    pub(crate) allow_l5d_request_headers: bool,
+    /// Use the IPv6 address of Pods that have both.
+    #[arg(long)]
+    pub(crate) prefer_ipv6: bool,
 }
 
 #[derive(Debug, Args)]

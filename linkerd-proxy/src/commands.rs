@@ -282,6 +282,10 @@ fn settings(args: &Mesh, config: &Config) -> Result<standalone::Settings, String
     let mut settings = standalone::Settings {
         trust_domain: args.trust_domain.as_str().into(),
         cluster_domain: args.cluster_domain.as_str().into(),
+        control_plane_namespace: args.control_plane_namespace.as_str().into(),
+        egress_namespace: args.global_egress_network_namespace.as_str().into(),
+        l5d_headers: args.allow_l5d_request_headers,
+        prefer_ipv6: args.prefer_ipv6,
         default_policy: config.inbound.default_policy,
         inbound_detect_timeout: config.inbound.detect_timeout,
         outbound_detect_timeout: config.outbound.detect_timeout,
@@ -292,6 +296,9 @@ fn settings(args: &Mesh, config: &Config) -> Result<standalone::Settings, String
     }
     if !config.inbound.opaque_ports.is_empty() {
         settings.opaque_ports = config.inbound.opaque_ports.clone();
+    }
+    if !args.probe_networks.is_empty() {
+        settings.probe_networks = args.probe_networks.clone();
     }
     for range in &args.service_ranges {
         match range.parse() {

@@ -585,7 +585,7 @@ impl Source for Standalone {
             let why = format!("{discovery} is no Service and port").into();
             // The channel is empty, so there is room.
             let _ = sender.try_send(Update::Fail(why));
-            return Resolution(receiver);
+            return Resolution::current(receiver);
         };
         let mut replicas = Replicas::new(name, port);
         replicas.update(&state.index, &state.mesh, &self.shared.work, None);
@@ -596,7 +596,7 @@ impl Source for Standalone {
         state.resolutions.insert(id, Running { replicas, pending: Delta::new(), wake: wake.clone() });
         drop(state);
         self.shared.runtime.spawn(send_updates(Arc::downgrade(&self.shared), id, wake, sender));
-        Resolution(receiver)
+        Resolution::current(receiver)
     }
 }
 

@@ -149,7 +149,7 @@ fn backends(rule: &crate::policy::client::Rule) -> Vec<(String, u32)> {
 }
 
 async fn replicas(standalone: &Standalone, discovery: &str) -> Vec<Endpoint> {
-    match standalone.resolve(discovery).0.recv().await {
+    match standalone.resolve(discovery).updates.recv().await {
         Some(Update::Reset(endpoints)) => endpoints,
         other => panic!("{other:?}"),
     }
@@ -214,7 +214,7 @@ async fn endpoints_join_slices_pods_and_services() {
     // Nothing is known of the other one but its address and zone.
     assert_eq!((list[1].meta.tls.is_none(), list[1].meta.weight), (true, Some(10_000)));
     assert_eq!(list[1].meta.zone, ZoneLocality::Remote);
-    assert!(matches!(s.resolve("nonsense").0.recv().await, Some(Update::Fail(_))));
+    assert!(matches!(s.resolve("nonsense").updates.recv().await, Some(Update::Fail(_))));
     assert!(replicas(&s, "none.shop.svc.cluster.local:80").await.is_empty());
 }
 
@@ -984,13 +984,13 @@ async fn links_mirror_services() {
 
     // Without replicas there, there are none here.
     let mut resolution = s.resolve(mirror);
-    assert!(matches!(resolution.0.recv().await, Some(Update::Reset(list)) if list.len() == 1));
+    assert!(matches!(resolution.updates.recv().await, Some(Update::Reset(list)) if list.len() == 1));
     east.write("web.yaml", &exported.replace("{addresses", "{conditions: {ready: false}, addresses"));
     s.reload();
-    assert!(matches!(resolution.0.recv().await, Some(Update::Remove(_))));
+    assert!(matches!(resolution.updates.recv().await, Some(Update::Remove(_))));
     east.write("web.yaml", &exported);
     s.reload();
-    assert!(matches!(resolution.0.recv().await, Some(Update::Add(_))));
+    assert!(matches!(resolution.updates.recv().await, Some(Update::Add(_))));
 
     // The same with the replicas themselves; names come from the credentials.
     east.write("web.yaml", &web_of("10.7.0.", "mirror.linkerd.io/exported: remote-discovery"));
@@ -1039,11 +1039,11 @@ async fn links_join_clusters() {
 
     // A cluster's mistakes are its own: nothing of it is taken in, and the others go on.
     let mut resolution = s.resolve(name);
-    resolution.0.recv().await;
+    resolution.updates.recv().await;
     east.write("web.yaml", "kind: [");
     west.remove("web.yaml");
     assert_eq!(s.reload(), Progress { generation: 2, refused: 1 });
-    assert!(matches!(resolution.0.recv().await, Some(Update::Remove(gone)) if gone.len() == 1));
+    assert!(matches!(resolution.updates.recv().await, Some(Update::Remove(gone)) if gone.len() == 1));
     assert_eq!(addrs(&replicas(&s, name).await), all[..4]);
     assert!(!s.status().current);
     // A folder that can't be reached is no empty one.
@@ -1091,7 +1091,7 @@ async fn gateways_are_probed() {
         let wait = async {
             let mut known = BTreeSet::new();
             loop {
-                match resolution.0.recv().await {
+                match resolution.updates.recv().await {
                     Some(Update::Reset(list) | Update::Add(list)) => {
                         known.extend(list.iter().map(|e| e.addr.to_string()))
                     }
@@ -1172,7 +1172,7 @@ async fn a_change_costs_what_it_touches() {
     for (i, (_, ip)) in assigned.iter().enumerate() {
         policies.push(s.watch_client(Target::Addr(SocketAddr::new(*ip, 80))).await.unwrap());
         let mut resolution = s.resolve(&format!("s{i}.shop.svc.cluster.local:80"));
-        assert!(matches!(resolution.0.recv().await, Some(Update::Reset(list)) if list.len() == 20));
+        assert!(matches!(resolution.updates.recv().await, Some(Update::Reset(list)) if list.len() == 20));
         resolutions.push(resolution);
     }
     let before = s.status().work;
@@ -1185,8 +1185,8 @@ async fn a_change_costs_what_it_touches() {
     assert_eq!(after.objects - before.objects, 1);
     assert_eq!(after.endpoints - before.endpoints, 9);
     assert_eq!(after.policies, before.policies);
-    assert_eq!(resolutions[7].0.recv().await, Some(Update::Remove(vec!["10.27.1.9:80".parse().unwrap()])));
-    assert!(resolutions[8].0.try_recv().is_err());
+    assert_eq!(resolutions[7].updates.recv().await, Some(Update::Remove(vec!["10.27.1.9:80".parse().unwrap()])));
+    assert!(resolutions[8].updates.try_recv().is_err());
     // A route costs its policy.
     let before = after;
     dir.write("s9.yaml", &large_service(9, 10).replace("port: 80}]}]}", "port: 80, weight: 2}]}]}"));
@@ -1209,7 +1209,7 @@ async fn resolutions_merge_what_a_slow_follower_misses() {
     s.reload();
     let mut set = HashSet::new();
     while set.len() != 13 {
-        match resolution.0.recv().await.unwrap() {
+        match resolution.updates.recv().await.unwrap() {
             Update::Reset(list) => set = list.into_iter().map(|e| e.addr).collect(),
             Update::Add(list) => set.extend(list.into_iter().map(|e| e.addr)),
             Update::Remove(list) => list.iter().for_each(|a| {

@@ -63,6 +63,7 @@ use self::{
 use crate::{
     config,
     policy::{Meta, authz::NoTls},
+    tap::Taps,
 };
 use linkerd_tls::Id;
 use parking_lot::Mutex;
@@ -120,6 +121,7 @@ struct Inner {
     runtime: Arc<OnceLock<RuntimeMetrics>>,
     health: Arc<Health>,
     access_log_drops: Arc<Counter>,
+    taps: Taps,
     /// Of the newer dialect.
     registry: Registry,
     /// Bytes of the last scrape, so that the next one grows its buffer once.
@@ -269,6 +271,7 @@ impl Telemetry {
             runtime,
             health,
             access_log_drops,
+            taps: Taps::default(),
             registry: Registry::default(),
             last_size: AtomicUsize::new(0),
         };
@@ -307,6 +310,11 @@ impl Telemetry {
     /// Authorization, rate limits and errors of accepted inbound connections.
     pub fn inbound_server(&self, labels: ServerLabels) -> InboundServer {
         InboundServer::new(self.clone(), labels)
+    }
+
+    /// Those who watch requests pass.
+    pub fn taps(&self) -> &Taps {
+        &self.0.taps
     }
 
     /// Accepted inbound connections that failed before their policy was known.

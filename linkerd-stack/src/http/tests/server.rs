@@ -418,7 +418,7 @@ async fn gives_up(sent: &str, streams: bool, after: Duration) -> bool {
 async fn a_client_that_goes_away_ends_its_request() {
     const GET: &str = "GET / HTTP/1.1\r\nHost: web\r\n\r\n";
     const POST: &str = "POST / HTTP/1.1\r\nHost: web\r\nContent-Length: 3\r\n\r\nabc";
-    let later = Duration::from_millis(100);
+    let later = Duration::from_secs(1);
     for (sent, streams, after, expected) in [
         (GET, false, later, true),
         (POST, false, later, true),
@@ -438,4 +438,23 @@ async fn a_client_that_goes_away_ends_its_request() {
     io.shutdown().await.unwrap();
     let one = ok(r#"GET http://web/ HTTP/1.1 host=web """#);
     assert_eq!(read_all(&mut io).await, format!("{one}{one}"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_that_is_read_slowly_is_not_cut_into_bytes() {
+    const SIZE: usize = 256 * 1024;
+    let count = service(|req: Request<Body>| async move {
+        let (mut body, mut pieces) = (req.into_body(), 0);
+        while let Some(Ok(_)) = body.frame().await {
+            pieces += 1;
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        Ok(Response::new(Body::full(format!("{pieces} pieces"))))
+    });
+    let (mut io, _drain, _task) = served(ServerConfig::default(), Version::H1, count);
+    io.write_all(format!("POST / HTTP/1.1\r\nHost: web\r\nContent-Length: {SIZE}\r\n\r\n").as_bytes()).await.unwrap();
+    io.write_all(&vec![b'x'; SIZE]).await.unwrap();
+    let output = read_until(&mut io, " pieces").await;
+    let pieces = output.rsplit("\r\n").next().unwrap().trim_end_matches(" pieces").parse::<usize>().unwrap();
+    assert!(pieces < 200, "{pieces}");
 }
