@@ -1,9 +1,13 @@
 //! Why a request or a connection ended other than it was meant to: one closed enum.
 //!
 //! Everything that has to be decided from a failure (HTTP status, gRPC code, whether the client's connection is
-//! closed, metric labels, whether a retry is safe) is one `match` over [`Cause`] without a wildcard, so that a new cause
-//! cannot be forgotten anywhere. Stages add what they know with [`Error::context`]; the chain is what
+//! closed, metric labels, whether it is the endpoint's) is in one table, [`facts`], and the code that operators see in
+//! another, [`Code::of`]: matches over [`Cause`] without a wildcard, so that a new cause cannot be forgotten. Stages add what they know with [`Error::context`]; the chain is what
 //! `l5d-proxy-error` and the log show.
+
+mod facts;
+
+pub use self::facts::{Facts, facts};
 
 use crate::telemetry::termination::{Code, Phase};
 use http::{HeaderValue, StatusCode};

@@ -8,7 +8,11 @@ use clap::Parser;
 use linkerd_app::{
     app::{App, Home, Parts},
     await_ready,
-    config::{self, Config, env as environment, syntax},
+    config::{
+        self, Config,
+        env::{self as environment, Class, Invalid},
+        syntax,
+    },
     redirect,
     standalone::{self, Standalone},
     telemetry::{
@@ -163,14 +167,16 @@ fn serve(config: Config, home: Home, log: log::Handle, traffic: Runtime) -> Exit
     let parts = Parts { config, home, telemetry, access_log: access_log.clone(), log, env };
     let built = {
         let _entered = traffic.enter();
-        App::build(parts).map_err(|error| error.to_string()).and_then(|built| {
-            let signals = signals().map_err(|error| format!("cannot handle signals: {error}"))?;
-            Ok((built, signals))
-        })
+        (App::build(parts), signals())
     };
-    let ((app, beside), signals) = match built {
-        Ok(built) => built,
-        Err(why) => return failure(&why),
+    let (app, beside, signals) = match built {
+        (Ok((app, beside)), Ok(signals)) => (app, beside, signals),
+        (Err(error), _) => {
+            let fault =
+                error.fault().map(|fault| invalid(&Invalid { class: Class::InvalidVariable, faults: vec![fault] }));
+            return fault.unwrap_or_else(|| failure(&error.to_string()));
+        }
+        (_, Err(error)) => return failure(&format!("cannot handle signals: {error}")),
     };
     let thread = std::thread::Builder::new().name("admin".into());
     if let Err(error) = thread.spawn(move || daemon.block_on(beside.run())) {
@@ -242,14 +248,17 @@ fn read_environment(mode: environment::Mode) -> Result<Config, ExitCode> {
             }
             Ok(parsed.config)
         }
-        Err(invalid) => {
-            for fault in &invalid.faults {
-                tracing::error!(target: "linkerd_app::env", "{fault}");
-            }
-            eprintln!("Invalid configuration: {invalid}");
-            Err(EXIT_USAGE.into())
-        }
+        Err(error) => Err(invalid(&error)),
     }
+}
+
+/// Says what is wrong with the environment, in the log and on stderr.
+fn invalid(error: &Invalid) -> ExitCode {
+    for fault in &error.faults {
+        tracing::error!(target: "linkerd_app::env", "{fault}");
+    }
+    eprintln!("Invalid configuration: {error}");
+    EXIT_USAGE.into()
 }
 
 fn folders(paths: Vec<PathBuf>) -> Vec<standalone::Folder> {

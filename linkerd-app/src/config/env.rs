@@ -194,7 +194,7 @@ settings! {
 }
 
 /// Read outside this table (by the log, the runtime and the tracing code), where a bad value never stops the proxy;
-/// or set by the injector for others. Known, so that no warning is printed for them.
+/// known, so that no warning is printed for them.
 const KNOWN_ELSEWHERE: &[&str] = &[
     "LINKERD2_PROXY_LOG",
     "LINKERD2_PROXY_LOG_FORMAT",
@@ -206,17 +206,43 @@ const KNOWN_ELSEWHERE: &[&str] = &[
     TRACE_SERVICE_NAME,
     TRACE_ATTRIBUTES_PATH,
     TRACE_EXTRA_ATTRIBUTES,
-    "LINKERD2_PROXY_TRACE_PROTOCOL",
-    "LINKERD2_PROXY_TRACE_ANNOTATIONS_PATH",
 ];
 
 const TRACE_SERVICE_NAME: &str = "LINKERD2_PROXY_TRACE_SERVICE_NAME";
 const TRACE_ATTRIBUTES_PATH: &str = "LINKERD2_PROXY_TRACE_ATTRIBUTES_PATH";
 const TRACE_EXTRA_ATTRIBUTES: &str = "LINKERD2_PROXY_TRACE_EXTRA_ATTRIBUTES";
 
-/// Set by the injector; enforced by policy alone (contract.md 1.18).
-const NO_EFFECT: &[&str] =
-    &["LINKERD2_PROXY_INBOUND_PORTS_REQUIRE_IDENTITY", "LINKERD2_PROXY_INBOUND_PORTS_REQUIRE_TLS"];
+/// Set by Linkerd's injector and read by nobody (contract.md 1.18), and what holds instead. Who set one of the first two
+/// wanted something, and is warned; the others come with every pod whose traces are collected.
+const NO_EFFECT: &[(&str, &str)] = &[
+    ("LINKERD2_PROXY_INBOUND_PORTS_REQUIRE_IDENTITY", POLICY_ENFORCES),
+    ("LINKERD2_PROXY_INBOUND_PORTS_REQUIRE_TLS", POLICY_ENFORCES),
+    ("LINKERD2_PROXY_TRACE_PROTOCOL", "spans are always sent as OTLP"),
+    ("LINKERD2_PROXY_TRACE_ANNOTATIONS_PATH", "labels are read, by LINKERD2_PROXY_TRACE_ATTRIBUTES_PATH"),
+];
+const POLICY_ENFORCES: &str = "the policy controller enforces it";
+
+/// Beginnings of the settings that `run --manifests` has no use for.
+const LINKERD_ONLY: &[&str] = &[
+    "LINKERD2_PROXY_DESTINATION_SVC_",
+    "LINKERD2_PROXY_DESTINATION_CONTEXT",
+    "LINKERD2_PROXY_DESTINATION_PROFILE_NETWORKS",
+    "LINKERD2_PROXY_POLICY_SVC_",
+    "LINKERD2_PROXY_POLICY_WORKLOAD",
+    "LINKERD2_PROXY_CONTROL_STREAM_",
+    "LINKERD2_PROXY_IDENTITY_",
+    "LINKERD2_PROXY_LINKERD2_PROXY_IDENTITY_",
+];
+
+/// Settings of certification, which SPIRE has no use for.
+const CERTIFY_ONLY: &[&str] = &[
+    "LINKERD2_PROXY_IDENTITY_DIR",
+    "LINKERD2_PROXY_IDENTITY_TOKEN_FILE",
+    "LINKERD2_PROXY_IDENTITY_SVC_ADDR",
+    "LINKERD2_PROXY_IDENTITY_SVC_NAME",
+    "LINKERD2_PROXY_IDENTITY_MIN_REFRESH",
+    "LINKERD2_PROXY_IDENTITY_MAX_REFRESH",
+];
 
 static ROWS: LazyLock<HashMap<&'static str, &'static Setting>> =
     LazyLock::new(|| SETTINGS.iter().map(|row| (row.name, row)).collect());
@@ -232,20 +258,29 @@ pub fn parse(
 ) -> Result<Parsed, Invalid> {
     let mut env = Reader { lookup, faults: Vec::new(), warnings: Vec::new(), class: None };
     let config = config(&mut env, mode);
-    for name in names {
-        if NO_EFFECT.contains(&&*name) {
-            env.warnings.push(format!("{name} has no effect: the policy controller enforces it"));
-        } else if name.starts_with("LINKERD2_PROXY_")
-            && !ROWS.contains_key(&*name)
-            && !KNOWN_ELSEWHERE.contains(&&*name)
-        {
-            env.warnings.push(format!("{name} is not a setting of this proxy and is ignored"));
-        }
-    }
+    let issuer = config.as_ref().and_then(|config| config.identity.as_ref()).map(|identity| &identity.issuer);
+    let by_spire = matches!(issuer, Some(Issuer::Spire { .. }));
+    env.warnings.extend(names.into_iter().filter_map(|name| without_effect(&name, mode, by_spire)));
     match config {
         Some(config) if env.faults.is_empty() => Ok(Parsed { config, warnings: env.warnings }),
         _ => Err(Invalid { class: env.class.unwrap_or(Class::InvalidVariable), faults: env.faults }),
     }
+}
+
+/// A word about a variable that is set in vain.
+fn without_effect(name: &str, mode: Mode, by_spire: bool) -> Option<String> {
+    let because = |why: &str| Some(format!("{name} has no effect: {why}"));
+    if let Some((_, why)) = NO_EFFECT.iter().find(|(known, _)| *known == name) {
+        return if *why == POLICY_ENFORCES { because(why) } else { None };
+    }
+    if matches!(mode, Mode::Standalone { .. }) && LINKERD_ONLY.iter().any(|start| name.starts_with(start)) {
+        return because("the manifests and the command line say it");
+    }
+    if by_spire && CERTIFY_ONLY.contains(&name) {
+        return because("certificates come from the SPIRE agent");
+    }
+    let unknown = name.starts_with("LINKERD2_PROXY_") && !ROWS.contains_key(name) && !KNOWN_ELSEWHERE.contains(&name);
+    unknown.then(|| format!("{name} is not a setting of this proxy and is ignored"))
 }
 
 /// The reference page, docs/configuration.md.
@@ -276,8 +311,16 @@ pub fn reference() -> String {
          | `LINKERD2_PROXY_TRACE_ATTRIBUTES_PATH` | unset | file of `key=value` lines, read once: attributes of the spans' resource |\n\
          | `LINKERD2_PROXY_TRACE_EXTRA_ATTRIBUTES` | unset | more of them, `key=value` lines |\n\
          | `OTEL_RESOURCE_ATTRIBUTES` | unset | more of them, `key=value` lines or a comma list; the last of all that have one key wins |\n\
-         | `HOSTNAME` | empty | `host.name` of the spans |\n",
+         | `HOSTNAME` | empty | `host.name` of the spans |\n\n\
+         ## Without effect\n\n\
+         Accepted, because Linkerd's injector sets them. A warning tells of the first two, and of every other variable\n\
+         that begins with `LINKERD2_PROXY_` and is not on this page. So it does of settings that the mode has no use for:\n\
+         with `run --manifests` those of the control plane and of identity, with SPIRE those of certification.\n\n\
+         | variable | instead |\n|---|---|\n",
     );
+    for (name, instead) in NO_EFFECT {
+        page.push_str(&format!("| `{name}` | {instead} |\n"));
+    }
     page
 }
 
@@ -1033,6 +1076,8 @@ mod tests {
         assert!(
             matches!(identity.issuer, Issuer::Spire { socket, .. } if socket.to_str() == Some("///run/agent.sock"))
         );
+        let warnings = read(&spire, Mode::Linkerd).expect("valid").warnings;
+        assert!(warnings.iter().any(|w| w.contains("TOKEN_FILE has no effect")), "{warnings:?}");
         let mut bad = spire.to_vec();
         bad[1].1 = "web.local";
         assert_eq!(faults(&bad), ["LINKERD2_PROXY_IDENTITY_SERVER_ID"]);
@@ -1052,6 +1097,10 @@ mod tests {
         for name in ["KEEP_ALIVE_INTERVAL", "REQUIRE_TLS", "LINKERD2_PROXY_TYPO"] {
             assert!(parsed.warnings.iter().any(|w| w.contains(name)), "{name}: {:?}", parsed.warnings);
         }
+        let control =
+            [("LINKERD2_PROXY_POLICY_SVC_ADDR", "nowhere"), ("LINKERD2_PROXY_TRACE_PROTOCOL", "opentelemetry")];
+        let warnings = read(&control, Mode::Standalone { explicit: true }).expect("valid").warnings;
+        assert!(matches!(&warnings[..], [w] if w.contains("POLICY_SVC_ADDR has no effect")), "{warnings:?}");
     }
 
     #[test]

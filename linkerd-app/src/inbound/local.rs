@@ -124,8 +124,7 @@ impl Locals {
             authority: None,
             dst: None,
         };
-        let crate::policy::client::Backoff { min, max, jitter } = cfg.connect.backoff;
-        let backoff = Backoff { min, max, jitter };
+        let backoff = crate::http::settings::backoff(&cfg.connect.backoff);
         Self {
             dial: Arc::new(Dial {
                 connect: cfg.connect.clone(),

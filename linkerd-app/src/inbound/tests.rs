@@ -145,7 +145,7 @@ impl Proxy {
             server_name: server.server_name().clone(),
             transport_header,
         };
-        let (connected, io) = peer.connect(io, &to).await.unwrap();
+        let (connected, io) = peer.client(to).connect(io).await.unwrap();
         assert_eq!(connected.transport_header, transport_header);
         Box::new(io)
     }
@@ -620,7 +620,7 @@ async fn foreign_tls_is_passed_on_untouched() {
         transport_header: false,
     };
     // The application echoes the ClientHello, which is no answer to one.
-    assert!(peer.connect(io, &to).await.is_err());
+    assert!(peer.client(to).connect(io).await.is_err());
     proxy.has("inbound_tcp_authz_allow_total", &["tls=\"opaque\"", "sni=\"app.example.com\""], 1);
 }
 

@@ -12,24 +12,20 @@ use crate::{
     http::{
         Asked, classify,
         rescue::{L5D_PROXY_CONNECTION, L5D_PROXY_ERROR, L5D_PROXY_TERMINATION, is_endpoint_level},
+        settings,
     },
     policy::{
         client,
-        endpoint::{Endpoint, Http2Params, Http2Windows, ProtocolHint},
+        endpoint::{Endpoint, Http2Params, ProtocolHint},
     },
     telemetry::{Class, Direction, EndpointLabels, EndpointMetrics, trace::SpanKind},
 };
 use http::{HeaderName, HeaderValue, Request, Response, Version, header::HOST, uri::Authority};
 use linkerd_stack::{
     Ready,
-    backoff::Backoff,
     balance::LoadHandle,
     breaker::{self, Breaker, Permit},
-    http::{
-        Body, Client, ClientConfig, CloseConnection, SendError,
-        client::{Http1Config, Http2Config, KeepAlive},
-        normalize, orig_proto,
-    },
+    http::{Body, Client, ClientConfig, CloseConnection, SendError, client::Http1Config, normalize, orig_proto},
     ready,
 };
 use linkerd_tls::Id;
@@ -279,29 +275,10 @@ fn send_error(error: SendError<Error>) -> Error {
 fn client_config(rt: &Runtime, params: Option<&Http2Params>) -> ClientConfig {
     let config = &rt.config;
     let fallback = &config.http2_client;
-    let own = params.unwrap_or(fallback);
-    let mut h2 = Http2Config::default();
-    match own.windows.or(fallback.windows) {
-        Some(Http2Windows::Adaptive) => h2.adaptive_window = true,
-        Some(Http2Windows::Fixed { stream, connection }) => {
-            h2.stream_window = stream;
-            h2.connection_window = connection;
-        }
-        None => {}
-    }
-    h2.keep_alive = own.keep_alive.or(fallback.keep_alive).map(|k| KeepAlive {
-        interval: k.interval,
-        timeout: k.timeout,
-        while_idle: k.while_idle,
-    });
-    h2.max_frame_size = own.max_frame_size.or(fallback.max_frame_size);
-    let size = |n: Option<u32>| n.and_then(|n| usize::try_from(n).ok());
-    h2.max_send_buf_size = size(own.max_send_buf_size.or(fallback.max_send_buf_size));
-    h2.max_concurrent_reset_streams = size(own.max_concurrent_reset_streams.or(fallback.max_concurrent_reset_streams));
     ClientConfig {
         h1: Http1Config { idle_timeout: config.http1.idle_timeout, max_idle: config.http1.max_idle },
-        h2,
-        backoff: backoff_of(&config.connect.backoff),
+        h2: settings::http2_client(params.unwrap_or(fallback), fallback),
+        backoff: settings::backoff(&config.connect.backoff),
         max_header_size: config.http_server.max_header_size,
     }
 }
@@ -310,7 +287,7 @@ fn breaker_config(breaker: &client::Breaker) -> Option<breaker::Config> {
     match breaker {
         client::Breaker::None => None,
         client::Breaker::Consecutive { max_failures, backoff } => {
-            Some(breaker::Config::Consecutive { max_failures: *max_failures, backoff: backoff_of(backoff) })
+            Some(breaker::Config::Consecutive { max_failures: *max_failures, backoff: settings::backoff(backoff) })
         }
         client::Breaker::Unified {
             max_consecutive_failures,
@@ -324,13 +301,8 @@ fn breaker_config(breaker: &client::Breaker) -> Option<breaker::Config> {
             success_rate: *success_rate,
             window: *window,
             min_requests: *min_requests,
-            backoff: backoff_of(backoff),
+            backoff: settings::backoff(backoff),
             respect_retry_after: *respect_retry_after,
         }),
     }
-}
-
-/// The same in the words of the stack.
-pub(super) fn backoff_of(backoff: &client::Backoff) -> Backoff {
-    Backoff { min: backoff.min, max: backoff.max, jitter: backoff.jitter }
 }

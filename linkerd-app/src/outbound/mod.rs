@@ -29,7 +29,7 @@ use crate::{
     config,
     error::{Cause, Error},
     gateway,
-    http::{Asked, Rescue},
+    http::{Asked, Rescue, settings},
     policy::{
         Source, Target,
         authz::{ClientTls, NoTls},
@@ -118,7 +118,7 @@ impl Outbound {
             identity,
             source,
             telemetry,
-            server: server_config(&config.http_server),
+            server: settings::server(&config.http_server),
             rescue: http::rescue(config),
             in_flight: ConcurrencyLimit::new(config.max_in_flight),
             log_limit: Limiter::new(LOGGED_PER_SECOND),
@@ -338,20 +338,4 @@ fn original(accepted: &Accepted) -> Result<SocketAddr, Error> {
         return Err(Cause::Loop(target).into());
     }
     Ok(target)
-}
-
-/// The same settings in the words of the stack.
-fn server_config(config: &config::HttpServer) -> ServerConfig {
-    ServerConfig {
-        stream_window: config.stream_window,
-        connection_window: config.connection_window,
-        adaptive_window: config.adaptive_window,
-        keep_alive: config.keep_alive,
-        max_concurrent_streams: config.max_concurrent_streams,
-        max_frame_size: config.max_frame_size,
-        max_header_size: config.max_header_size,
-        max_header_setting: config.max_header_setting,
-        max_pending_accept_reset_streams: config.max_pending_accept_reset_streams,
-        max_send_buf_size: config.max_send_buf_size,
-    }
 }

@@ -34,8 +34,9 @@ const GRACE: Duration = Duration::from_millis(20);
 /// The same at a destination whose clients spoke HTTP so far.
 const GRACE_HTTP: Duration = Duration::from_secs(1);
 
-/// A detection timeout up to this is waited for: whoever set it so short has chosen when a silent connection becomes
-/// opaque, and an early connection that may turn out to be in vain would save little.
+/// A detection timeout up to this is waited for once, at a destination of which nothing is known: whoever set it so short
+/// has chosen when a silent connection becomes opaque, and an early connection that may turn out to be in vain would save
+/// little. What was heard there counts from then on.
 const SHORT: Duration = Duration::from_secs(2);
 
 /// Bytes of a server's first words that are read before the client gets them.
@@ -169,10 +170,8 @@ struct Ahead {
 impl Ahead {
     /// Connects after a moment of silence, and waits for the server. True once it has spoken; false if it will not.
     async fn listen(&mut self, dst: &Destination, limit: Duration) -> bool {
-        if limit <= SHORT {
-            return false;
-        }
         let grace = match dst.heard() {
+            Heard::Nothing if limit <= SHORT => return false,
             Heard::Nothing | Heard::Other => GRACE,
             Heard::Http => GRACE_HTTP,
             Heard::ServerFirst => Duration::ZERO,

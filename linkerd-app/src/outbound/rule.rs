@@ -5,7 +5,7 @@
 use super::{
     Runtime,
     concrete::{Concrete, Distribution, Replica, Replicas, Unready, random},
-    endpoint::{HttpEndpoint, Unanswered, backoff_of},
+    endpoint::{HttpEndpoint, Unanswered},
     limits::{Limits, Progress},
     params::Params,
     session::Token,
@@ -16,7 +16,7 @@ use crate::{
     http::{
         Asked, Match, classify,
         filter::{self, Flow},
-        is_grpc,
+        is_grpc, settings,
     },
     policy::{
         client::Session,
@@ -318,7 +318,7 @@ impl Exchange<'_> {
             // Gives connection and load back before the wait.
             drop(result);
             if let Some(backoff) = self.params.retry.as_ref().and_then(|r| r.backoff.as_ref()) {
-                let wait = backoff_of(backoff).delay(retries, rand::rng().random());
+                let wait = settings::backoff(backoff).delay(retries, rand::rng().random());
                 sleep(wait).await;
             }
             retries += 1;
@@ -444,13 +444,10 @@ impl Exchange<'_> {
             headers,
             idle: timeouts.idle,
         };
-        let follow_up = match filter::on_request(&rule.filters, &mut req, self.matched, crate::http::random)? {
+        let follow_up = match self.filter(&rule.filters, &rule.mirrors, &mut req, first)? {
             Flow::Forward(follow_up) => follow_up,
             Flow::Answer(parts) => return Ok(Response::from_parts(*parts, Tracked::new(Body::empty()))),
         };
-        if first {
-            mirror(&rule.mirrors, &mut req, self.asked);
-        }
         let backend = self.pick().ok_or_else(|| Error::new(rule.empty.clone()))?;
         if let Some(metrics) = &backend.metrics {
             metrics.request();
@@ -489,6 +486,21 @@ impl Exchange<'_> {
         }
     }
 
+    /// Runs filters on an attempt. Only the first is copied.
+    fn filter(
+        &self,
+        filters: &[Filter],
+        mirrors: &[Mirroring],
+        req: &mut Request<Body>,
+        first: bool,
+    ) -> Result<Flow, Error> {
+        filter::on_request_copied(filters, req, self.matched, crate::http::random, |req| {
+            if first {
+                mirror(mirrors, req, self.asked);
+            }
+        })
+    }
+
     /// A backend; the one that holds the session's replica, if there is a session.
     fn pick(&self) -> Option<&RuleBackend> {
         let backends = &self.rule.backends;
@@ -511,13 +523,10 @@ impl Exchange<'_> {
         mut req: Request<Body>,
         first: bool,
     ) -> Result<Response<Tracked>, Error> {
-        let follow_up = match filter::on_request(&backend.filters, &mut req, self.matched, crate::http::random)? {
+        let follow_up = match self.filter(&backend.filters, &backend.mirrors, &mut req, first)? {
             Flow::Forward(follow_up) => follow_up,
             Flow::Answer(parts) => return Ok(Response::from_parts(*parts, Tracked::new(Body::empty()))),
         };
-        if first {
-            mirror(&backend.mirrors, &mut req, self.asked);
-        }
         let replicas = match &*backend.concrete {
             Concrete::Replicas(replicas) => replicas,
             Concrete::Fail(failure) => {

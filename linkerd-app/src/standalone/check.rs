@@ -12,7 +12,7 @@ use super::{
     },
     report::{Finding, Report, Severity},
 };
-use std::{net::IpAddr, path::PathBuf, sync::Arc};
+use std::{collections::BTreeSet, net::IpAddr, path::PathBuf, sync::Arc};
 
 /// Checks folders (or single files) as one mesh, with default settings.
 pub fn check(folders: &[PathBuf]) -> Report {
@@ -38,7 +38,12 @@ pub(super) fn report(files: &Files, index: Option<(&Index, &Mesh)>) -> Report {
         report.objects = index.objects().len();
         report.assigned = assigned(index);
         report.findings.extend(files.duplicates());
-        report.findings.extend(across(index, mesh, files));
+        // What does not fit in an object may have been replaced by something that refers to nothing.
+        let place = |finding: &Finding| (finding.file.clone(), finding.document, finding.object.clone());
+        let errors = report.findings.iter().filter(|finding| finding.severity == Severity::Error);
+        let refused: BTreeSet<_> = errors.map(place).collect();
+        let across = across(index, mesh, files).into_iter();
+        report.findings.extend(across.filter(|finding| !refused.contains(&place(finding))));
     }
     report.findings.sort_by(|a, b| (a.severity, &a.file, a.document).cmp(&(b.severity, &b.file, b.document)));
     report

@@ -34,7 +34,7 @@ pub use self::{
     },
     errors::{ErrorMetrics, InboundError, Kind, OutboundError, RouteCloseError, StreamError},
     health::{Condition, Health},
-    http::{Class, EndpointMetrics, HttpMetrics, ProfileRouteMetrics},
+    http::{Class, EndpointMetrics, HttpMetrics, ProfileRouteMetrics, h2_reason},
     labels::{
         BackendLabels, ConnLabels, Direction, EndpointLabels, InboundRouteLabels, Peer, ProfileRouteLabels,
         RouteLabels, ServerLabels, TlsLabels, authority,

@@ -8,15 +8,17 @@
 
 use super::{
     Version,
-    body::{Body, Reset, copy_io, source},
+    attend::{Attended, Pending},
+    body::{Body, BodyError, Reset, copy_io, source},
     headers,
     normalize::{self, BadRequest, Cached},
     upgrade,
 };
 use crate::{drain, io::Io};
+use bytes::Bytes;
 use futures_util::task::AtomicWaker;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body::Body as _;
+use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use pin_project_lite::pin_project;
@@ -164,19 +166,21 @@ where
         version,
         max_header_size: config.max_header_size,
         max_header_setting: config.max_header_setting,
+        pending: Pending::default(),
         closing: AtomicBool::new(false),
         drain_woken: AtomicBool::new(true),
         waker: AtomicWaker::new(),
         drain: drain.clone(),
     });
     let glue = Glue { service, state: state.clone(), authority: RefCell::new(None) };
-    let io = TokioIo::new(io);
     match version {
         Version::H1 => {
+            let io = TokioIo::new(Attended::new(io, state.pending.clone()));
             let conn = http1(config).serve_connection(io, glue).with_upgrades();
             run(conn, |conn| conn.graceful_shutdown(), &state, &drain).await
         }
         Version::H2 => {
+            let io = TokioIo::new(io);
             let conn = http2(config).serve_connection(io, glue);
             run(conn, |conn| conn.graceful_shutdown(), &state, &drain).await
         }
@@ -187,7 +191,7 @@ where
 fn http1(config: &ServerConfig) -> hyper::server::conn::http1::Builder {
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder
-        // A client may close its side after its request and still wait for the answer.
+        // `attend` tells clients that closed their side and wait from those that are gone.
         .half_close(true)
         .header_read_timeout(None)
         .max_buf_size(MIN_BUFFER.max(config.max_header_size.saturating_mul(CODEC_HEADER_FACTOR) as usize));
@@ -224,6 +228,8 @@ struct State {
     version: Version,
     max_header_size: u32,
     max_header_setting: &'static str,
+    /// A request of HTTP/1 was handed on, and its response is not complete.
+    pending: Pending,
     /// A response asked for the end.
     closing: AtomicBool,
     /// The drain's future must be polled.
@@ -299,17 +305,18 @@ impl<S> hyper::service::Service<Request<Incoming>> for Glue<S>
 where
     S: Service<Request<Body>, Response = Response<Body>, Error = Reset> + Clone,
 {
-    type Response = Response<Body>;
+    type Response = Response<Sending>;
     type Error = Reset;
     type Future = Answer<S>;
 
     fn call(&self, req: Request<Incoming>) -> Answer<S> {
-        let state = self.state.clone();
+        let state = Some(self.state.clone());
         let mut req = req.map(Body::from);
         let head = req.method() == Method::HEAD;
         let step = match self.admit(&mut req) {
             Err(rsp) => Step::Refused { rsp: Some(*rsp) },
             Ok(()) => {
+                self.state.pending.set(true);
                 let upgrade = upgrade::requested(&mut req);
                 return Answer {
                     step: Step::Waiting { service: self.service.clone(), req: Some(req) },
@@ -346,7 +353,8 @@ pin_project! {
         step: Step<S>,
         upgrade: Option<upgrade::Requested>,
         head: bool,
-        state: Arc<State>,
+        // Moves into the response.
+        state: Option<Arc<State>>,
     }
 }
 
@@ -363,13 +371,16 @@ impl<S> Future for Answer<S>
 where
     S: Service<Request<Body>, Response = Response<Body>, Error = Reset>,
 {
-    type Output = Result<Response<Body>, Reset>;
+    type Output = Result<Response<Sending>, Reset>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
         loop {
             let future = match this.step.as_mut().project() {
-                StepProj::Refused { rsp } => return Poll::Ready(rsp.take().ok_or(Reset::new(h2::Reason::CANCEL))),
+                StepProj::Refused { rsp } => {
+                    let rsp = rsp.take().zip(this.state.take()).ok_or(Reset::new(h2::Reason::CANCEL));
+                    return Poll::Ready(rsp.map(|(rsp, state)| rsp.map(|body| Sending { body, state })));
+                }
                 StepProj::Waiting { service, req } => {
                     ready!(service.poll_ready(cx))?;
                     match req.take() {
@@ -379,11 +390,42 @@ where
                 }
                 StepProj::Called { future } => {
                     let rsp = ready!(future.poll(cx))?;
-                    return Poll::Ready(Ok(finish(rsp, this.upgrade.take(), *this.head, this.state)));
+                    let state = this.state.take().ok_or(Reset::new(h2::Reason::INTERNAL_ERROR))?;
+                    let rsp = finish(rsp, this.upgrade.take(), *this.head, &state);
+                    return Poll::Ready(Ok(rsp.map(|body| Sending { body, state })));
                 }
             };
             this.step.set(Step::Called { future });
         }
+    }
+}
+
+/// The content of a response; the codec drops it when it has sent everything.
+struct Sending {
+    body: Body,
+    state: Arc<State>,
+}
+
+impl http_body::Body for Sending {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        self.state.pending.set(false);
     }
 }
 

@@ -17,11 +17,9 @@ use crate::{
     http::{
         Asked, Rescue,
         rescue::{self, Answer},
+        settings,
     },
-    policy::{
-        Target,
-        endpoint::{Http2Params, Http2Windows},
-    },
+    policy::Target,
     telemetry::{
         Code, ConnLabels, Direction, Peer, Telemetry, TlsLabels, access::Entry, termination::Phase, trace::SpanKind,
     },
@@ -33,9 +31,7 @@ use linkerd_stack::{
     backoff::Backoff,
     drain,
     http::{
-        Body, ClientConfig, CloseConnection, Reset, ServeError, ServerConfig, Version,
-        client::{Http1Config, Http2Config, KeepAlive},
-        normalize, orig_proto,
+        Body, ClientConfig, CloseConnection, Reset, ServeError, Version, client::Http1Config, normalize, orig_proto,
     },
 };
 use std::{
@@ -119,7 +115,7 @@ async fn run(
     let connection = Connection { client, tls, target, port, kind };
     let policy = PolicyService::new(inbound.guard.clone(), connection, inner);
     let server = Server::new(policy, default_authority, inbound.cfg.max_in_flight);
-    linkerd_stack::http::serve(&server_config(&inbound.cfg.http_server), version, io, server, drain)
+    linkerd_stack::http::serve(&settings::server(&inbound.cfg.http_server), version, io, server, drain)
         .await
         .map_err(ended)
 }
@@ -267,47 +263,11 @@ fn ended(error: ServeError) -> Failed {
     Failed { code, error }
 }
 
-/// The server's settings, as the stack takes them.
-pub fn server_config(cfg: &config::HttpServer) -> ServerConfig {
-    ServerConfig {
-        stream_window: cfg.stream_window,
-        connection_window: cfg.connection_window,
-        adaptive_window: cfg.adaptive_window,
-        keep_alive: cfg.keep_alive,
-        max_concurrent_streams: cfg.max_concurrent_streams,
-        max_frame_size: cfg.max_frame_size,
-        max_header_size: cfg.max_header_size,
-        max_header_setting: cfg.max_header_setting,
-        max_pending_accept_reset_streams: cfg.max_pending_accept_reset_streams,
-        max_send_buf_size: cfg.max_send_buf_size,
-    }
-}
-
 /// The settings of the client for the application, as the stack takes them.
 pub(super) fn client_config(cfg: &config::Inbound, backoff: Backoff) -> ClientConfig {
-    let Http2Params { windows, keep_alive, max_concurrent_reset_streams, max_frame_size, max_send_buf_size } =
-        &cfg.http2_client;
-    let mut h2 = Http2Config {
-        keep_alive: keep_alive.map(|k| KeepAlive {
-            interval: k.interval,
-            timeout: k.timeout,
-            while_idle: k.while_idle,
-        }),
-        max_frame_size: *max_frame_size,
-        max_send_buf_size: max_send_buf_size.map(|n| n as usize),
-        max_concurrent_reset_streams: max_concurrent_reset_streams.map(|n| n as usize),
-        ..Http2Config::default()
-    };
-    match windows {
-        None => {}
-        Some(Http2Windows::Adaptive) => h2.adaptive_window = true,
-        Some(Http2Windows::Fixed { stream, connection }) => {
-            (h2.stream_window, h2.connection_window) = (*stream, *connection);
-        }
-    }
     ClientConfig {
         h1: Http1Config { idle_timeout: cfg.http1.idle_timeout, max_idle: cfg.http1.max_idle },
-        h2,
+        h2: settings::http2_client(&cfg.http2_client, &cfg.http2_client),
         backoff,
         max_header_size: cfg.http_server.max_header_size,
     }

@@ -5,6 +5,7 @@
 mod core;
 mod policy;
 mod route;
+mod typed;
 
 pub(super) use self::{
     core::{Address, Endpoints, Owner, Pod, PortRef, Service, ServiceKind, ServicePort, Slice, SlicePort, Workload},
@@ -16,11 +17,12 @@ pub(super) use self::{
     route::{BackendKind, BackendRef, FilterSpec, ParentKind, Route, RouteKind, Rule, SessionSpec},
 };
 
+use self::typed::typed;
 use super::{
     annotations::Pairs,
     report::{At, Issue},
 };
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::Deserialize;
 use serde_json::Value;
 use std::{fmt, sync::Arc};
 
@@ -87,8 +89,10 @@ const KINDS: &[(Kind, &str, &str, &[&str], bool)] = &[
     (Kind::TlsRoute, GATEWAY, "TLSRoute", &["v1", "v1alpha3", "v1alpha2"], true),
     (Kind::TcpRoute, GATEWAY, "TCPRoute", &["v1", "v1alpha2"], true),
     (Kind::ReferenceGrant, GATEWAY, "ReferenceGrant", &["v1", "v1beta1"], true),
-    (Kind::BackendTlsPolicy, GATEWAY, "BackendTLSPolicy", &["v1", "v1alpha3"], true),
+    (Kind::BackendTlsPolicy, GATEWAY, "BackendTLSPolicy", &["v1", "v1alpha3", "v1alpha2"], true),
     (Kind::BackendTrafficPolicy, "gateway.networking.x-k8s.io", "XBackendTrafficPolicy", &["v1alpha1"], true),
+    // What became XBackendTrafficPolicy was called so in Gateway API 1.1 and 1.2.
+    (Kind::BackendTrafficPolicy, GATEWAY, "BackendLBPolicy", &["v1alpha2"], true),
     (Kind::Server, POLICY, "Server", &["v1beta3", "v1beta2", "v1beta1", "v1alpha1"], true),
     (Kind::ServerAuthorization, POLICY, "ServerAuthorization", &["v1beta1", "v1alpha1"], true),
     (Kind::AuthorizationPolicy, POLICY, "AuthorizationPolicy", &["v1alpha1"], true),
@@ -331,28 +335,6 @@ fn read_one(value: &Value, api_version: &str, kind_name: &str, cluster: &Arc<str
     Read { object: object.map(|o| (key, Arc::new(o))), label, issues }
 }
 
-/// Reads a part of a document into a type; a mistake is told with its path below `at`.
-fn typed<T: DeserializeOwned>(value: &Value, field: &str, at: &mut At<'_>) -> Option<T> {
-    const EMPTY: &Value = &Value::Null;
-    let part = value.get(field).unwrap_or(EMPTY);
-    let empty = Value::Object(serde_json::Map::new());
-    let part = if part.is_null() { &empty } else { part };
-    match serde_path_to_error::deserialize(part) {
-        Ok(t) => Some(t),
-        Err(error) => {
-            let path = error.path().to_string();
-            let mut at = at.field(field);
-            let why = error.into_inner().to_string();
-            let why = why.split(" at line ").next().unwrap_or_default().to_string();
-            match path.as_str() {
-                "." | "?" | "" => at.error(why, ""),
-                path => at.field(path).error(why, ""),
-            }
-            None
-        }
-    }
-}
-
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RawHead {
@@ -375,7 +357,6 @@ fn head(value: &Value, namespaced: bool, at: &mut At<'_>) -> Option<Head> {
     if !is_name(&raw.name) {
         let why = if raw.name.is_empty() { "missing".to_string() } else { format!("{:?} is no object name", raw.name) };
         at.field("name").error(why, "Names are at most 253 of lower-case letters, digits, '-' and '.'");
-        return None;
     }
     let namespace = match (namespaced, raw.namespace.as_str()) {
         (false, _) => "",
@@ -387,7 +368,6 @@ fn head(value: &Value, namespaced: bool, at: &mut At<'_>) -> Option<Head> {
             format!("{namespace:?} is no namespace name"),
             "Namespaces are at most 63 of lower-case letters, digits and '-'",
         );
-        return None;
     }
     let created = raw.creation_timestamp.filter(|t| {
         let ok = is_timestamp(t);
@@ -449,6 +429,9 @@ pub(super) mod tests {
             .map(|i| i.field.as_str())
             .collect();
         assert_eq!(seen, issues, "{:#?}", read.issues);
+        let remedied =
+            |issue: &Issue| issue.severity == super::super::report::Severity::Note || !issue.remedy.is_empty();
+        assert!(read.issues.iter().all(remedied), "{:#?}", read.issues);
         read.object.map(|o| o.1)
     }
 
