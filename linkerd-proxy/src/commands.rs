@@ -10,7 +10,7 @@ use linkerd_app::{
     await_ready,
     config::{
         self, Config,
-        env::{self as environment, Class, Invalid},
+        env::{self as environment, Class, Invalid, Process},
         syntax,
     },
     redirect,
@@ -65,7 +65,8 @@ pub(crate) fn dispatch(args: impl Iterator<Item = OsString>) -> ExitCode {
 
 /// The Linkerd proxy: everything from the environment.
 pub(crate) fn linkerd() -> ExitCode {
-    let log = match init_log() {
+    let process = environment::process(&|name| std::env::var_os(name));
+    let log = match init_log(&process) {
         Ok(log) => log,
         Err(code) => return code,
     };
@@ -78,15 +79,16 @@ pub(crate) fn linkerd() -> ExitCode {
             return code;
         }
     };
-    match runtime::traffic() {
-        Ok(traffic) => serve(config, Home::Linkerd, log, traffic),
+    match runtime::traffic(&process) {
+        Ok(traffic) => serve(config, Home::Linkerd, log, &process, traffic),
         Err(error) => failure(&format!("cannot start the runtime: {error}")),
     }
 }
 
 /// The proxy beside a workload of a folder of manifests.
 fn run(args: Run) -> ExitCode {
-    let log = match init_log() {
+    let process = environment::process(&|name| std::env::var_os(name));
+    let log = match init_log(&process) {
         Ok(log) => log,
         Err(code) => return code,
     };
@@ -109,7 +111,7 @@ fn run(args: Run) -> ExitCode {
             Err(why) => return usage(&format!("--cluster {text:?}: {why}")),
         }
     }
-    let traffic = match runtime::traffic() {
+    let traffic = match runtime::traffic(&process) {
         Ok(traffic) => traffic,
         Err(error) => return failure(&format!("cannot start the runtime: {error}")),
     };
@@ -140,7 +142,7 @@ fn run(args: Run) -> ExitCode {
         config.inbound.ips = Arc::new(workload.addresses.iter().copied().collect());
     }
     config.inbound.ports.extend(workload.ports.iter().map(|(port, _)| *port));
-    serve(config, Home::Standalone(standalone), log, traffic)
+    serve(config, Home::Standalone(standalone), log, &process, traffic)
 }
 
 /// Bounds on the time between certifications where the environment says nothing (contract.md 1.7).
@@ -150,13 +152,13 @@ const MAX_REFRESH: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long the end of the tasks that are left is waited for.
 const CUT: Duration = Duration::from_secs(1);
 
-fn serve(config: Config, home: Home, log: log::Handle, traffic: Runtime) -> ExitCode {
+fn serve(config: Config, home: Home, log: log::Handle, process: &Process, traffic: Runtime) -> ExitCode {
     if !config.core_dumps {
         secrecy::keep();
     }
     let telemetry = Telemetry::new(config.metrics);
     let env = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect();
-    let access_log = match access_log(&telemetry) {
+    let access_log = match access_log(process, &telemetry) {
         Ok(access_log) => access_log,
         Err(error) => return failure(&format!("access log: {error}")),
     };
@@ -207,10 +209,8 @@ fn signals() -> std::io::Result<mpsc::Receiver<&'static str>> {
     Ok(rx)
 }
 
-fn init_log() -> Result<log::Handle, ExitCode> {
-    let filter = std::env::var("LINKERD2_PROXY_LOG").ok();
-    let format = log::Format::parse(&std::env::var("LINKERD2_PROXY_LOG_FORMAT").unwrap_or_default());
-    match log::init(filter.as_deref(), format) {
+fn init_log(process: &Process) -> Result<log::Handle, ExitCode> {
+    match log::init(process.log.as_deref(), log::Format::parse(&process.log_format)) {
         Ok(handle) => {
             tracing::info!(
                 "{} {} {} ({})",
@@ -219,6 +219,7 @@ fn init_log() -> Result<log::Handle, ExitCode> {
                 option_env!("LINKERD_PROXY_GIT_SHA").filter(|sha| !sha.is_empty()).unwrap_or("unknown"),
                 env!("CARGO_PKG_NAME"),
             );
+            warn(&process.warnings);
             Ok(handle)
         }
         Err(error) => {
@@ -228,8 +229,8 @@ fn init_log() -> Result<log::Handle, ExitCode> {
     }
 }
 
-fn access_log(telemetry: &Telemetry) -> std::io::Result<AccessLog> {
-    let Ok(format) = std::env::var("LINKERD2_PROXY_ACCESS_LOG") else { return Ok(AccessLog::off()) };
+fn access_log(process: &Process, telemetry: &Telemetry) -> std::io::Result<AccessLog> {
+    let Some(format) = &process.access_log else { return Ok(AccessLog::off()) };
     match format.parse::<access::Format>() {
         Ok(format) => AccessLog::start(format, telemetry.access_log_drops()),
         Err(error) => {
@@ -243,12 +244,16 @@ fn read_environment(mode: environment::Mode) -> Result<Config, ExitCode> {
     let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
     match environment::parse(&|name| std::env::var_os(name), names, mode) {
         Ok(parsed) => {
-            for warning in parsed.warnings {
-                tracing::warn!(target: "linkerd_app::env", "{warning}");
-            }
+            warn(&parsed.warnings);
             Ok(parsed.config)
         }
         Err(error) => Err(invalid(&error)),
+    }
+}
+
+fn warn(warnings: &[String]) {
+    for warning in warnings {
+        tracing::warn!(target: "linkerd_app::env", "{warning}");
     }
 }
 

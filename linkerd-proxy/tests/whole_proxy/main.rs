@@ -19,6 +19,7 @@ mod heads;
 mod inbound;
 mod ingress;
 mod ipv6;
+mod logs;
 mod metrics;
 mod net;
 mod origination;
