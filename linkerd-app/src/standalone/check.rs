@@ -8,8 +8,9 @@ use super::{
     index::{Index, View},
     manifest::{
         AuthorizationTarget, BackendKind, FilterSpec, Key, Kind, Object, ParentKind, ProxyProtocol, RateLimitTarget,
-        Requirement, Route, RouteKind, ServerRef, ServiceKind,
+        Requirement, Route, RouteKind, ServerRef, Service, ServiceKind,
     },
+    mirror,
     report::{Finding, Report, Severity},
 };
 use std::{collections::BTreeSet, net::IpAddr, path::PathBuf, sync::Arc};
@@ -23,11 +24,10 @@ pub fn check(folders: &[PathBuf]) -> Report {
 /// Checks folders as one mesh.
 pub fn check_with(folders: &[Folder], settings: &Settings) -> Report {
     let work = Arc::new(Work::default());
-    let mesh = Mesh::new(settings.clone(), folders, &"default".into(), work.clone());
+    let mut mesh = Mesh::new(settings.clone(), folders, &"default".into(), work.clone());
     let mut files = Files::new(folders.to_vec(), work);
     files.scan();
-    let mut index = Index::new(settings.service_range);
-    index.apply(files.take_changes());
+    let index = mesh.index(&mut files, &BTreeSet::new());
     report(&files, Some((&index, &mesh)))
 }
 
@@ -58,7 +58,7 @@ pub(super) fn assigned(index: &Index) -> Vec<(String, IpAddr)> {
 
 fn across(index: &Index, mesh: &Mesh, files: &Files) -> Vec<Finding> {
     let mut out = Vec::new();
-    for (key, object) in index.objects().iter().filter(|(k, _)| k.cluster.is_empty()) {
+    for (key, object) in index.objects().iter().filter(|(k, _)| k.cluster.is_empty() && !index.is_derived(k)) {
         let view = View::new(index);
         let mut problems = Vec::new();
         match object.as_ref() {
@@ -143,6 +143,13 @@ fn across(index: &Index, mesh: &Mesh, files: &Files) -> Vec<Finding> {
                         "Give one, or configure a larger range",
                     ));
                 }
+                for cluster in strangers(service, mesh) {
+                    problems.push((
+                        "metadata.annotations".into(),
+                        format!("cluster {cluster} is not known, so it has no members there"),
+                        "Give its folder with --cluster NAME=DIR, or correct the annotation",
+                    ));
+                }
                 for (i, port) in service.ports.iter().enumerate() {
                     let known = [
                         "http",
@@ -171,6 +178,9 @@ fn across(index: &Index, mesh: &Mesh, files: &Files) -> Vec<Finding> {
             out.push(locate(files, key, field, why, remedy));
         }
     }
+    for (link, why, remedy) in mirror::problems(index, mesh) {
+        out.push(locate(files, &link, "spec".into(), why, remedy));
+    }
     for (ip, services) in index.contested() {
         for (namespace, name) in services.iter().skip(1) {
             let key = Key { cluster: "".into(), kind: Kind::Service, namespace: namespace.clone(), name: name.clone() };
@@ -179,6 +189,14 @@ fn across(index: &Index, mesh: &Mesh, files: &Files) -> Vec<Finding> {
         }
     }
     out
+}
+
+/// Clusters that a Service names and that nobody tells anything about.
+fn strangers<'a>(service: &'a Service, mesh: &Mesh) -> Vec<&'a str> {
+    let key = "multicluster.linkerd.io/remote-discovery";
+    let members = service.head.annotation(key).unwrap_or_default().split(',');
+    let named = members.filter_map(|member| Some(member.trim().split_once('@')?.1)).chain(service.head.label(key));
+    named.filter(|cluster| !mesh.clusters.contains_key(*cluster)).collect()
 }
 
 fn locate(files: &Files, key: &Key, field: String, why: String, remedy: &str) -> Finding {

@@ -16,7 +16,7 @@ use linkerd_tls::{
     ca::Issuer,
     identity::{self as tls, Alpn, Reader},
 };
-use linkerd2_proxy_api::{destination, identity, meta, outbound};
+use linkerd2_proxy_api::{destination, identity, inbound, meta, outbound};
 use prost::Message;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -68,6 +68,8 @@ pub(crate) type Vars = Vec<(String, String)>;
 /// What it tells.
 #[derive(Clone, Default)]
 struct Known {
+    /// By port.
+    servers: BTreeMap<u32, inbound::Server>,
     /// By original destination.
     policies: BTreeMap<String, outbound::OutboundPolicy>,
     /// By `name:port`.
@@ -137,8 +139,17 @@ impl ControlPlane {
 
     /// A service: HTTP/1 at an address, balanced over what is set as endpoints of `name:80`.
     pub(crate) fn service(&self, addr: SocketAddr, name: &str) {
-        let policy = http1(&format!("{name}:80"));
+        self.policy(addr, http1(&format!("{name}:80")));
+    }
+
+    /// A policy of one's own for an address.
+    pub(crate) fn policy(&self, addr: SocketAddr, policy: outbound::OutboundPolicy) {
         self.0.known.send_modify(|known| drop(known.policies.insert(addr.to_string(), policy)));
+    }
+
+    /// What a port of every pod serves.
+    pub(crate) fn server(&self, port: u16, server: inbound::Server) {
+        self.0.known.send_modify(|known| drop(known.servers.insert(port.into(), server)));
     }
 
     /// A policy that lacks its protocol.
@@ -279,7 +290,10 @@ async fn answer(state: Arc<State>, req: Request<Incoming>) -> Result<Response<Bo
             let path = destination::GetDestination::decode(message).unwrap().path;
             drop(tokio::spawn(watch_endpoints(state, path, tx)));
         }
-        "InboundServerPolicies/WatchPort" => drop(tokio::spawn(async move { tx.closed().await })),
+        "InboundServerPolicies/WatchPort" => {
+            let port = inbound::PortSpec::decode(message).unwrap().port;
+            drop(tokio::spawn(watch_server(state, port, tx)));
+        }
         other => panic!("unexpected call of {other}"),
     }
     let frames = futures_util::stream::unfold(rx, async |mut rx| Some((rx.recv().await?, rx)));
@@ -309,6 +323,23 @@ async fn certify(state: &State, message: &[u8], tx: &Frames) {
     };
     let _ = tx.send(Ok(frame(&response.encode_to_vec()))).await;
     end(tx, 0, "").await;
+}
+
+/// Says nothing about ports that nobody has set.
+async fn watch_server(state: Arc<State>, port: u32, tx: Frames) {
+    let mut known = state.known.subscribe();
+    let mut told = None;
+    loop {
+        let server = known.borrow_and_update().servers.get(&port).cloned();
+        if let Some(server) = server.filter(|server| told.as_ref() != Some(server)) {
+            let _ = tx.send(Ok(frame(&server.encode_to_vec()))).await;
+            told = Some(server);
+        }
+        tokio::select! {
+            _ = known.changed() => {}
+            () = tx.closed() => return,
+        }
+    }
 }
 
 async fn watch_policy(state: Arc<State>, addr: String, tx: Frames) {
@@ -411,7 +442,7 @@ async fn end(tx: &Frames, status: u16, message: &str) {
 }
 
 /// One HTTP/1 route to a balancer.
-fn http1(path: &str) -> outbound::OutboundPolicy {
+pub(crate) fn http1(path: &str) -> outbound::OutboundPolicy {
     use outbound::{
         Backend, HttpRoute, OutboundPolicy, ProxyProtocol, Queue,
         backend::{BalanceP2c, EndpointDiscovery, Kind, balance_p2c, endpoint_discovery},
