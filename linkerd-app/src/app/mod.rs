@@ -9,11 +9,11 @@ mod watch;
 
 use crate::{
     admin::{self, Admin, Panels},
-    config::{self, Config},
+    config::{self, Config, env::Fault},
     control::{self, Control, ControlService, certify::Certifier, spire, traces::Exporter},
     gateway::Gateway,
     http::settings,
-    identity::{self, Task},
+    identity::{self, Task, documents::Error as Documents},
     inbound::Inbound,
     outbound::Outbound,
     policy::Source,
@@ -62,7 +62,7 @@ pub struct Parts {
     pub beside: Handle,
 }
 
-/// Why a proxy can't be built. The process ends with exit code 1.
+/// Why a proxy can't be built. The process ends with exit code 1, or 64 for an [`InitError::fault`].
 #[derive(Debug, thiserror::Error)]
 pub enum InitError {
     /// A listener's port can't be had.
@@ -74,6 +74,24 @@ pub enum InitError {
     /// A part of the configuration that this home needs is absent.
     #[error("the configuration has no {0}")]
     Missing(&'static str),
+}
+
+impl InitError {
+    /// What the environment names and is unusable, if that is it: the exit code is 64 then (contract.md 1.7).
+    pub fn fault(&self) -> Option<Fault> {
+        let Self::Identity(error) = self else { return None };
+        let fault = |name: &str, value, why| Some(Fault { name: name.into(), value, why });
+        match error {
+            identity::Error::Token(error) => {
+                let path = error.path.display().to_string();
+                fault("LINKERD2_PROXY_IDENTITY_TOKEN_FILE", Some(path), error.to_string())
+            }
+            identity::Error::Documents(error @ (Documents::Read { .. } | Documents::Contents { .. })) => {
+                fault("LINKERD2_PROXY_IDENTITY_DIR", None, error.to_string())
+            }
+            _ => None,
+        }
+    }
 }
 
 /// A proxy with its sockets bound, that serves nothing yet.

@@ -22,6 +22,7 @@ mod inbound;
 mod ingress;
 mod injection;
 mod ipv6;
+mod logs;
 mod machines;
 mod metrics;
 mod net;
