@@ -30,21 +30,14 @@ pub(crate) enum Command {
     Validate(Validate),
 }
 
+/// What is said of a mesh beside its manifests.
 #[derive(Debug, Args)]
 pub(crate) struct Mesh {
-    /// Folder of manifests; may be given several times, later folders win.
-    #[arg(long = "manifests", value_name = "DIR", required = true)]
-    pub(crate) manifests: Vec<PathBuf>,
-    /// Folder of another cluster's manifests, for federated Services: NAME=DIR, and after commas where they differ from
-    /// ours trust-domain=NAME, cluster-domain=NAME, control-plane-namespace=NAME. May be given several times.
+    /// Folder of another cluster's manifests, for Links and federated Services: NAME=DIR, and after commas where they
+    /// differ from ours and no Link or Secret tells, trust-domain=NAME, cluster-domain=NAME,
+    /// control-plane-namespace=NAME. May be given several times.
     #[arg(long = "cluster", value_name = "NAME=DIR")]
     pub(crate) clusters: Vec<String>,
-    #[command(flatten)]
-    pub(crate) names: Names,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Names {
     /// Trust domain of identities.
     #[arg(long, value_name = "NAME", default_value = "cluster.local")]
     pub(crate) trust_domain: String,
@@ -73,6 +66,9 @@ pub(crate) struct Names {
 
 #[derive(Debug, Args)]
 pub(crate) struct Run {
+    /// Folder of manifests; may be given several times, later folders win.
+    #[arg(long = "manifests", value_name = "DIR", required = true)]
+    pub(crate) manifests: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) mesh: Mesh,
     /// The Pod that this proxy stands beside.
@@ -89,7 +85,7 @@ pub(crate) struct Check {
     #[arg(value_name = "DIR", required = true)]
     pub(crate) dirs: Vec<PathBuf>,
     #[command(flatten)]
-    pub(crate) names: Names,
+    pub(crate) mesh: Mesh,
 }
 
 #[derive(Debug, Subcommand)]

@@ -1,7 +1,7 @@
 //! What each command does: arguments in, exit code out. The work itself is linkerd-app's.
 
 use crate::{
-    cli::{Await, Check, Cli, Command, Identity, Names, Redirect, Run, Validate},
+    cli::{Await, Check, Cli, Command, Identity, Mesh, Redirect, Run, Validate},
     runtime, secrecy,
 };
 use clap::Parser;
@@ -94,17 +94,10 @@ fn run(args: Run) -> ExitCode {
     else {
         return usage(&format!("--workload {:?}: expected NAMESPACE/POD", args.workload));
     };
-    let settings = match settings(&args.mesh.names, &config) {
-        Ok(settings) => settings,
+    let (folders, settings) = match mesh(args.manifests, &args.mesh, &config) {
+        Ok(mesh) => mesh,
         Err(why) => return usage(&why),
     };
-    let mut folders = folders(args.mesh.manifests);
-    for text in &args.mesh.clusters {
-        match cluster(text, &settings) {
-            Ok(folder) => folders.push(folder),
-            Err(why) => return usage(&format!("--cluster {text:?}: {why}")),
-        }
-    }
     let traffic = match runtime::traffic() {
         Ok(traffic) => traffic,
         Err(error) => return failure(&format!("cannot start the runtime: {error}")),
@@ -252,27 +245,31 @@ fn read_environment(mode: environment::Mode) -> Result<Config, ExitCode> {
     }
 }
 
-fn folders(paths: Vec<PathBuf>) -> Vec<standalone::Folder> {
-    paths.into_iter().map(|path| standalone::Folder { path, cluster: None }).collect()
+/// The folders of all clusters, and what is said of ours.
+fn mesh(
+    own: Vec<PathBuf>,
+    args: &Mesh,
+    config: &Config,
+) -> Result<(Vec<standalone::Folder>, standalone::Settings), String> {
+    let mut folders: Vec<_> = own.into_iter().map(|path| standalone::Folder { path, cluster: None }).collect();
+    for text in &args.clusters {
+        folders.push(cluster(text).map_err(|why| format!("--cluster {text:?}: {why}"))?);
+    }
+    Ok((folders, settings(args, config)?))
 }
 
 /// `NAME=DIR[,trust-domain=NAME][,cluster-domain=NAME][,control-plane-namespace=NAME]`
-fn cluster(text: &str, settings: &standalone::Settings) -> Result<standalone::Folder, String> {
+fn cluster(text: &str) -> Result<standalone::Folder, String> {
     let mut parts = text.split(',');
     let first = parts.next().and_then(|first| first.split_once('='));
     let (name, dir) =
         first.filter(|(name, dir)| !name.is_empty() && !dir.is_empty()).ok_or("expected NAME=DIR at its start")?;
-    let mut cluster = standalone::Cluster {
-        name: name.into(),
-        trust_domain: settings.trust_domain.clone(),
-        cluster_domain: settings.cluster_domain.clone(),
-        control_plane_namespace: settings.control_plane_namespace.clone(),
-    };
+    let mut cluster = standalone::Cluster { name: name.into(), ..standalone::Cluster::default() };
     for part in parts {
         match part.split_once('=') {
-            Some(("trust-domain", value)) => cluster.trust_domain = value.into(),
-            Some(("cluster-domain", value)) => cluster.cluster_domain = value.into(),
-            Some(("control-plane-namespace", value)) => cluster.control_plane_namespace = value.into(),
+            Some(("trust-domain", value)) => cluster.trust_domain = Some(value.into()),
+            Some(("cluster-domain", value)) => cluster.cluster_domain = Some(value.into()),
+            Some(("control-plane-namespace", value)) => cluster.control_plane_namespace = Some(value.into()),
             _ => return Err(format!("{part:?} is none of trust-domain=, cluster-domain=, control-plane-namespace=")),
         }
     }
@@ -280,14 +277,14 @@ fn cluster(text: &str, settings: &standalone::Settings) -> Result<standalone::Fo
 }
 
 /// What flags and environment say, over Linkerd's defaults.
-fn settings(names: &Names, config: &Config) -> Result<standalone::Settings, String> {
+fn settings(args: &Mesh, config: &Config) -> Result<standalone::Settings, String> {
     let mut settings = standalone::Settings {
-        trust_domain: names.trust_domain.as_str().into(),
-        cluster_domain: names.cluster_domain.as_str().into(),
-        control_plane_namespace: names.control_plane_namespace.as_str().into(),
-        egress_namespace: names.global_egress_network_namespace.as_str().into(),
-        l5d_headers: names.allow_l5d_request_headers,
-        prefer_ipv6: names.prefer_ipv6,
+        trust_domain: args.trust_domain.as_str().into(),
+        cluster_domain: args.cluster_domain.as_str().into(),
+        control_plane_namespace: args.control_plane_namespace.as_str().into(),
+        egress_namespace: args.global_egress_network_namespace.as_str().into(),
+        l5d_headers: args.allow_l5d_request_headers,
+        prefer_ipv6: args.prefer_ipv6,
         default_policy: config.inbound.default_policy,
         inbound_detect_timeout: config.inbound.detect_timeout,
         outbound_detect_timeout: config.outbound.detect_timeout,
@@ -299,10 +296,10 @@ fn settings(names: &Names, config: &Config) -> Result<standalone::Settings, Stri
     if !config.inbound.opaque_ports.is_empty() {
         settings.opaque_ports = config.inbound.opaque_ports.clone();
     }
-    if !names.probe_networks.is_empty() {
-        settings.probe_networks = names.probe_networks.clone();
+    if !args.probe_networks.is_empty() {
+        settings.probe_networks = args.probe_networks.clone();
     }
-    for range in &names.service_ranges {
+    for range in &args.service_ranges {
         match range.parse() {
             Ok(ipnet::IpNet::V4(net)) => settings.service_range.v4 = net,
             Ok(ipnet::IpNet::V6(net)) => settings.service_range.v6 = net,
@@ -317,11 +314,11 @@ fn check(args: Check) -> ExitCode {
         Ok(config) => config,
         Err(code) => return code,
     };
-    let settings = match settings(&args.names, &config) {
-        Ok(settings) => settings,
+    let (folders, settings) = match mesh(args.dirs, &args.mesh, &config) {
+        Ok(mesh) => mesh,
         Err(why) => return usage(&why),
     };
-    let report = standalone::check_with(&folders(args.dirs), &settings);
+    let report = standalone::check_with(&folders, &settings);
     println!("{report}");
     if report.errors() > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }

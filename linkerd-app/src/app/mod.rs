@@ -1,6 +1,6 @@
 //! A whole proxy: its parts joined, its sockets bound, its life from the first certificate to the end of the drain.
 //!
-//! Two threads: traffic (one runtime, one worker per core) and the daemon (admin server and identity), so that a busy
+//! Two threads: traffic (one runtime, one worker per core) and the daemon (admin and tap servers, identity), so that a busy
 //! data path never delays a probe or a renewal. The order of starting is contract.md 3.1, that of stopping 3.4, but
 //! for what is better here: outbound stays open while inbound drains, the admin server stays until the end, and a
 //! second signal ends the process at once.
@@ -18,6 +18,7 @@ use crate::{
     outbound::Outbound,
     policy::Source,
     standalone::Standalone,
+    tap,
     telemetry::{Telemetry, TlsInfo, access::AccessLog, log, trace, watchdog::Watchdog},
     transport::{self, BindError, BoundListener},
 };
@@ -91,6 +92,7 @@ pub struct Daemon {
     telemetry: Telemetry,
     ready: Ready,
     admin: (admin::Server, BoundListener),
+    tap: Option<(tap::Server, BoundListener)>,
     traffic: Handle,
 }
 
@@ -146,6 +148,7 @@ impl App {
             telemetry: telemetry.clone(),
             ready,
             admin: (server, listeners.admin),
+            tap: tap_server(&config, &identity, &telemetry).zip(listeners.tap),
             traffic: Handle::current(),
         };
         let app = Self {
@@ -213,6 +216,7 @@ struct Listeners {
     inbound: BoundListener,
     outbound: Vec<BoundListener>,
     admin: BoundListener,
+    tap: Option<BoundListener>,
 }
 
 impl Listeners {
@@ -221,6 +225,7 @@ impl Listeners {
             inbound: transport::bind(&config.inbound.listen)?,
             outbound: config.outbound.listen.iter().map(transport::bind).collect::<Result<_, _>>()?,
             admin: transport::bind(&config.admin.listen)?,
+            tap: config.tap.as_ref().map(|tap| transport::bind(&tap.listen)).transpose()?,
         })
     }
 }
@@ -351,6 +356,16 @@ fn directions(
     (inbound, outbound)
 }
 
+/// Whoever may watch requests pass, if somebody may.
+fn tap_server(config: &Config, identity: &Reader, telemetry: &Telemetry) -> Option<tap::Server> {
+    config.tap.as_ref().map(|tap| tap::Server {
+        taps: telemetry.taps().clone(),
+        client: tap.client.clone(),
+        identity: identity.clone(),
+        http: settings::server(&config.inbound.http_server),
+    })
+}
+
 /// Ends when the process is asked to stop, by a signal or on the admin port.
 async fn wait(ask: &mut mpsc::Receiver<()>, signals: &mut mpsc::Receiver<&'static str>) {
     select! {
@@ -367,10 +382,11 @@ impl Daemon {
     pub async fn run(self) {
         let observer = watch::Attempts::watched(&self.telemetry);
         let (admin, listener) = self.admin;
-        let _ = watch::tasks(
-            vec![("serving the admin port".into(), tokio::spawn(admin.serve(listener)).abort_handle())],
-            &self.telemetry,
-        );
+        let mut tasks = vec![("serving the admin port".into(), tokio::spawn(admin.serve(listener)).abort_handle())];
+        if let Some((tap, listener)) = self.tap {
+            tasks.push(("serving the tap port".into(), tokio::spawn(tap.serve(listener)).abort_handle()));
+        }
+        let _ = watch::tasks(tasks, &self.telemetry);
         if let Some(traces) = self.traces {
             tokio::spawn(traces.run());
         }
@@ -396,6 +412,10 @@ fn introduce(config: &Config, identity: &Reader, listeners: &Listeners) {
     tracing::info!("Inbound interface on {}", listeners.inbound.local_addr());
     for listener in &listeners.outbound {
         tracing::info!("Outbound interface on {}", listener.local_addr());
+    }
+    match &listeners.tap {
+        Some(listener) => tracing::info!("Tap interface on {}", listener.local_addr()),
+        None => tracing::info!("Tap DISABLED"),
     }
     tracing::info!("SNI is {}", identity.server_name());
     tracing::info!("Local identity is {}", identity.id());

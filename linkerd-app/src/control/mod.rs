@@ -324,6 +324,7 @@ impl Source for Control {
         let request = self.destination_request(discovery.to_string());
         let client = DestinationClient::with_origin(self.destination.client.clone(), self.destination.origin.clone());
         let record = self.registry.record("Destination.Get", discovery.to_string());
+        let (unheard, connection) = (record.outage(), self.destination.client.clone());
         let call = stream::call(move || {
             let (mut client, request) = (client.clone(), request.clone());
             async move { client.get(request).await }
@@ -331,7 +332,7 @@ impl Source for Control {
         let subscription = Subscription::new(self.destination.settings(Resume::AfterBackoff), record, call);
         let (tx, rx) = mpsc::channel(resolve::UPDATES);
         self.runtime.spawn(resolve::run(subscription, tx));
-        Resolution(rx)
+        Resolution { updates: rx, stale: Arc::new(move || connection.trouble().or_else(&unheard)) }
     }
 }
 

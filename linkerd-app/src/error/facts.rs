@@ -40,8 +40,10 @@ pub fn facts(cause: &Cause) -> Facts {
 
     let late = |stream| stays(S::GATEWAY_TIMEOUT, 4).outbound(Out::ResponseTimeout).stream(stream);
     match cause {
-        Cause::FailFast => closes(S::GATEWAY_TIMEOUT, 4).counts(In::FailFast, Out::FailFast).stream(Stream::FailFast),
-        Cause::LoadShed => {
+        Cause::FailFast(_) => {
+            closes(S::GATEWAY_TIMEOUT, 4).counts(In::FailFast, Out::FailFast).stream(Stream::FailFast)
+        }
+        Cause::LoadShed(_) => {
             closes(S::SERVICE_UNAVAILABLE, 14).counts(In::LoadShed, Out::LoadShed).stream(Stream::LoadShed)
         }
         Cause::RequestTimeout(_) => late(Stream::RequestTimeout),

@@ -9,7 +9,7 @@ use crate::{
     telemetry::termination::Phase,
 };
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Version,
+    HeaderMap, HeaderName, HeaderValue, Request, Response, Version,
     header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, LOCATION, RETRY_AFTER},
 };
 
@@ -164,7 +164,8 @@ fn message(error: &Error) -> HeaderValue {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::RateLimitScope;
+    use crate::error::{Lack, RateLimitScope};
+    use http::StatusCode;
     use std::time::Duration;
 
     const S: Duration = Duration::from_secs(1);
@@ -205,8 +206,8 @@ mod tests {
     #[test]
     fn every_cause_has_its_answer() {
         let text: std::sync::Arc<str> = "why".into();
-        check(Cause::FailFast, 504, 4, true);
-        check(Cause::LoadShed, 503, 14, true);
+        check(Cause::FailFast(Lack::Readiness), 504, 4, true);
+        check(Cause::LoadShed(Lack::Readiness), 503, 14, true);
         check(Cause::RequestTimeout(S), 504, 4, false);
         check(Cause::BackendRequestTimeout(S), 504, 4, false);
         check(Cause::ResponseTimeout(S), 504, 4, false);

@@ -5,6 +5,7 @@ use super::{
     Runtime,
     concrete::Unready,
     connect::Connector,
+    limits::Expired,
     tracked::{EndpointHook, Tracked, outcome},
 };
 use crate::{
@@ -18,6 +19,7 @@ use crate::{
         client,
         endpoint::{Endpoint, Http2Params, ProtocolHint},
     },
+    tap::{About, Observed, Source},
     telemetry::{Class, Direction, EndpointLabels, EndpointMetrics, trace::SpanKind},
 };
 use http::{HeaderName, HeaderValue, Request, Response, Version, header::HOST, uri::Authority};
@@ -63,6 +65,7 @@ pub(super) struct HttpEndpoint {
     /// HTTP/1 requests are carried over HTTP/2.
     upgrade: bool,
     context: Arc<str>,
+    endpoint: Endpoint,
     kind: Kind,
 }
 
@@ -96,7 +99,8 @@ impl HttpEndpoint {
             .filter(|_| !local)
             .and_then(|text| Some((Authority::try_from(text).ok()?, HeaderValue::try_from(text).ok()?)));
         let context = format!("endpoint {}", endpoint.addr).into();
-        Self { client, connector, metrics, breaker, ready, authority, upgrade, context, kind: kind.clone() }
+        let (endpoint, kind) = (endpoint.clone(), kind.clone());
+        Self { client, connector, metrics, breaker, ready, authority, upgrade, context, endpoint, kind }
     }
 
     /// Whether it can take requests.
@@ -136,18 +140,21 @@ impl HttpEndpoint {
         asked: &Asked,
         load: LoadHandle,
         permit: Option<Permit>,
+        expired: &Expired,
     ) -> Result<Response<Tracked>, Error> {
         self.require_id(&mut req)?;
         self.override_authority(&mut req)?;
         let rule = classify::Rule::of(req.headers(), self.kind.grpc);
+        let tapped = self.kind.rt.telemetry.taps().request(&req, || self.about(&req));
         let carried =
             if self.upgrade && orig_proto::may_upgrade(&req) { orig_proto::upgrade_request(&mut req) } else { None };
         let span = self.kind.rt.telemetry.tracer().begin(Direction::Outbound, SpanKind::Client, &mut req);
         self.metrics.request();
         let dispatched = Instant::now();
-        let mut waiting = Waiting { load: Some(load), dispatched };
+        let mut waiting = Waiting { held: Some((load, permit)), endpoint: self, dispatched, expired };
         let sent = self.client.send(req).await;
-        let load = waiting.load.take();
+        // Taken once: only a dropped future leaves it to the guard.
+        let Some((load, permit)) = waiting.held.take() else { return Err(Cause::Canceled.into()) };
         let mut rsp = match sent {
             Ok(mut rsp) => {
                 if let Some(carried) = carried {
@@ -159,13 +166,16 @@ impl HttpEndpoint {
                 if close && self.kind.forward {
                     rsp.extensions_mut().insert(CloseConnection);
                 }
-                rsp.map(Tracked::new)
+                seen(tapped, rsp).map(Tracked::new)
             }
             Err(error) => {
                 let error = send_error(error).context(self.context.clone());
                 let asked = Asked { orig_proto: asked.orig_proto || carried.is_some(), ..*asked };
                 if !is_endpoint_level(error.cause(), &asked) {
                     self.metrics.response(None, Class::error(error.cause()));
+                    if let Some(tapped) = tapped {
+                        tapped.failed(error.cause());
+                    }
                     // A client that goes away says nothing about the endpoint.
                     if let Some(permit) = permit.filter(|_| *error.cause() != Cause::Canceled) {
                         permit.resolve(breaker::Outcome::Failure);
@@ -173,7 +183,8 @@ impl HttpEndpoint {
                     return Err(error);
                 }
                 tracing::debug!(%error, "endpoint failed");
-                let mut rsp = self.kind.rt.rescue.response(&error, &asked).map(|()| Tracked::new(Body::empty()));
+                let rsp = self.kind.rt.rescue.response(&error, &asked);
+                let mut rsp = seen(tapped, rsp).map(Tracked::new);
                 rsp.extensions_mut().insert(Unanswered(error));
                 rsp
             }
@@ -181,8 +192,6 @@ impl HttpEndpoint {
         if let Some(span) = span {
             span.answered(rsp.status());
         }
-        // Taken a moment ago; only a dropped future leaves it to the guard.
-        let Some(load) = load else { return Err(Cause::Canceled.into()) };
         let class = rule.start(rsp.status(), rsp.headers());
         let unanswered = rsp.extensions().get::<Unanswered>().is_some();
         let penalty = match &self.kind.penalty {
@@ -210,6 +219,12 @@ impl HttpEndpoint {
         Ok(rsp)
     }
 
+    fn about(&self, req: &Request<Body>) -> About {
+        let source = req.extensions().get::<Source>().map(|Source(client)| *client);
+        let tls = self.connector.server_id();
+        About::outbound(source, self.endpoint.addr, tls, self.endpoint.meta.labels.iter())
+    }
+
     fn require_id(&self, req: &mut Request<Body>) -> Result<(), Error> {
         let Some(required) = req.headers_mut().remove(L5D_REQUIRE_ID) else { return Ok(()) };
         let found = self.connector.server_id().ok();
@@ -235,17 +250,33 @@ impl HttpEndpoint {
     }
 }
 
-/// A request without an answer yet. If it is given up (a timeout, a client that went away), the time that it took so far
-/// counts as latency: a replica that never answers must not look like one that was never asked.
-struct Waiting {
-    load: Option<LoadHandle>,
-    dispatched: Instant,
+/// Shows a response to those who tap.
+fn seen(tapped: Option<Observed>, rsp: Response<Body>) -> Response<Body> {
+    match tapped {
+        Some(tapped) => tapped.response(rsp),
+        None => rsp,
+    }
 }
 
-impl Drop for Waiting {
+/// A request without an answer yet. If it is given up, the time that it took so far counts as latency: a replica that never
+/// answers must not look like one that was never asked. A limit in time that ended it is a failure of the replica; a client
+/// that went away says nothing about it.
+struct Waiting<'a> {
+    held: Option<(LoadHandle, Option<Permit>)>,
+    endpoint: &'a HttpEndpoint,
+    dispatched: Instant,
+    expired: &'a Expired,
+}
+
+impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        if let Some(load) = self.load.take() {
-            load.penalize(self.dispatched.elapsed());
+        let Some((load, permit)) = self.held.take() else { return };
+        load.penalize(self.dispatched.elapsed());
+        if let Some(cause) = self.expired.take() {
+            self.endpoint.metrics.response(None, Class::error(&cause));
+            if let Some(permit) = permit {
+                permit.resolve(breaker::Outcome::Failure);
+            }
         }
     }
 }

@@ -153,7 +153,7 @@ impl Outbound {
                 return;
             }
         };
-        if let Err(error) = self.run(accepted.io, target, drain).await {
+        if let Err(error) = self.run(accepted.io, client, target, drain).await {
             let at = target.unwrap_or(local);
             if *error.cause() == Cause::Canceled {
                 tracing::debug!(%client, target = %at, "client closed without a word");
@@ -172,21 +172,27 @@ impl Outbound {
 
     /// A connection meets, first to last: metrics, discover, protocol, and then http, tls or opaque, which go on through
     /// logical (routes), concrete (backend) and endpoint to connect.
-    async fn run(&self, mut io: TcpStream, target: Option<SocketAddr>, drain: drain::Watch) -> Result<(), Error> {
+    async fn run(
+        &self,
+        mut io: TcpStream,
+        client: SocketAddr,
+        target: Option<SocketAddr>,
+        drain: drain::Watch,
+    ) -> Result<(), Error> {
         let counted = Metered::new((), self.accepted(target));
-        let Some(target) = target else { return self.explicit(io, counted, drain).await };
+        let Some(target) = target else { return self.explicit(io, client, counted, drain).await };
         if self.rt.config.ingress_mode {
-            return self.ingress(io, counted, target, drain).await;
+            return self.ingress(io, client, counted, target, drain).await;
         }
         let found = match self.discover.find(Target::Addr(target)).await {
             Ok(found) => found,
-            Err(error) => return self.unknown(io, counted, error, drain).await,
+            Err(error) => return self.unknown(io, client, counted, error, drain).await,
         };
         let spoken = protocol::decide(&self.rt, &found, &mut io).await;
         match spoken.map_err(|error| error.during(Phase::Detect))? {
             Spoken::Http(version, read) => {
                 let routing = Routing::Fixed(Arc::new(found));
-                self.http(version, counted.around(PrefixedIo::new(read, io)), routing, drain).await
+                self.http(version, counted.around(PrefixedIo::new(read, io)), client, routing, drain).await
             }
             Spoken::Tls(sni, read) => {
                 let route = found.tcp().get().route(Some(&sni))?;
@@ -201,13 +207,15 @@ impl Outbound {
     async fn unknown(
         &self,
         mut io: TcpStream,
+        client: SocketAddr,
         counted: Metered<(), ConnMetrics>,
         error: Error,
         drain: drain::Watch,
     ) -> Result<(), Error> {
         match protocol::http(UNKNOWN_DETECT.min(self.rt.config.detect_timeout), &mut io).await {
             Ok((Some(version), read)) => {
-                self.http(version, counted.around(PrefixedIo::new(read, io)), Routing::Unknown(error), drain).await
+                self.http(version, counted.around(PrefixedIo::new(read, io)), client, Routing::Unknown(error), drain)
+                    .await
             }
             Ok((None, _)) | Err(_) => Err(error),
         }
@@ -218,10 +226,11 @@ impl Outbound {
         &self,
         version: Version,
         io: Metered<PrefixedIo<TcpStream>, ConnMetrics>,
+        client: SocketAddr,
         routing: Routing,
         drain: drain::Watch,
     ) -> Result<(), Error> {
-        let edge = Edge::new(self.rt.clone(), routing);
+        let edge = Edge::new(self.rt.clone(), client, routing);
         if let Err(error) = serve(&self.rt.server, version, io, edge, drain).await {
             // The requests' own failures have been told and counted; what is left is the client's.
             tracing::debug!(%error, "HTTP connection ended");
@@ -233,6 +242,7 @@ impl Outbound {
     async fn explicit(
         &self,
         mut io: TcpStream,
+        client: SocketAddr,
         counted: Metered<(), ConnMetrics>,
         drain: drain::Watch,
     ) -> Result<(), Error> {
@@ -243,13 +253,14 @@ impl Outbound {
             return Err(Cause::BadRequest(why.into()).into());
         };
         let routing = Routing::Explicit(Named::new(self.discover.clone()));
-        self.http(version, counted.around(PrefixedIo::new(read, io)), routing, drain).await
+        self.http(version, counted.around(PrefixedIo::new(read, io)), client, routing, drain).await
     }
 
     /// Ingress mode (behaviour.md D.15): always HTTP if it looks so, else opaque by the original destination.
     async fn ingress(
         &self,
         mut io: TcpStream,
+        client: SocketAddr,
         counted: Metered<(), ConnMetrics>,
         target: SocketAddr,
         drain: drain::Watch,
@@ -258,7 +269,7 @@ impl Outbound {
         match protocol::ingress(&self.rt, find, &mut io).await? {
             Ingress::Http(version, read) => {
                 let routing = Routing::Ingress(Named::new(self.discover.clone()), Target::Addr(target));
-                self.http(version, counted.around(PrefixedIo::new(read, io)), routing, drain).await
+                self.http(version, counted.around(PrefixedIo::new(read, io)), client, routing, drain).await
             }
             Ingress::Opaque(found, read, early) => opaque(&found, Client::Tcp(io, read, counted), early).await,
         }

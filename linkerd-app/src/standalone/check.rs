@@ -7,9 +7,10 @@ use super::{
     files::{Files, Folder},
     index::{Index, View},
     manifest::{
-        AuthorizationTarget, BackendKind, FilterSpec, Key, Kind, Object, ParentKind, ParentRef, ProxyProtocol,
-        RateLimit, RateLimitTarget, Requirement, Route, RouteKind, ServerRef, ServiceKind,
+        AuthorizationPolicy, AuthorizationTarget, BackendKind, FilterSpec, Key, Kind, Object, ParentKind, ParentRef,
+        ProxyProtocol, RateLimit, RateLimitTarget, Requirement, Route, RouteKind, ServerRef, Service, ServiceKind,
     },
+    mirror,
     report::{Finding, Report, Severity},
 };
 use linkerd_tls::web::Roots;
@@ -24,11 +25,10 @@ pub fn check(folders: &[PathBuf]) -> Report {
 /// Checks folders as one mesh.
 pub fn check_with(folders: &[Folder], settings: &Settings) -> Report {
     let work = Arc::new(Work::default());
-    let mesh = Mesh::new(settings.clone(), folders, &"default".into(), work.clone());
+    let mut mesh = Mesh::new(settings.clone(), folders, &"default".into(), work.clone());
     let mut files = Files::new(folders.to_vec(), work);
     files.scan();
-    let mut index = Index::new(settings.service_range);
-    index.apply(files.take_changes());
+    let index = mesh.index(&mut files, &BTreeSet::new());
     report(&files, Some((&index, &mesh)))
 }
 
@@ -59,7 +59,7 @@ pub(super) fn assigned(index: &Index) -> Vec<(String, IpAddr)> {
 
 fn across(index: &Index, mesh: &Mesh, files: &Files) -> Vec<Finding> {
     let mut out = Vec::new();
-    for (key, object) in index.objects().iter().filter(|(k, _)| k.cluster.is_empty()) {
+    for (key, object) in index.objects().iter().filter(|(k, _)| k.cluster.is_empty() && !index.is_derived(k)) {
         let view = View::new(index);
         let mut problems = Vec::new();
         match object.as_ref() {
@@ -93,37 +93,7 @@ fn across(index: &Index, mesh: &Mesh, files: &Files) -> Vec<Finding> {
                     missing(&view, key, Kind::Service, name, "spec.targetRefs", &mut problems);
                 }
             }
-            Object::AuthorizationPolicy(policy) => {
-                match &policy.target {
-                    AuthorizationTarget::Server(name) => {
-                        missing(&view, key, Kind::Server, name, "spec.targetRef", &mut problems);
-                    }
-                    AuthorizationTarget::Route(kind, name) => {
-                        missing(&view, key, *kind, name, "spec.targetRef", &mut problems);
-                    }
-                    AuthorizationTarget::Namespace => {}
-                }
-                for (i, requirement) in policy.requires.iter().enumerate() {
-                    let (kind, namespace, name, there) = match requirement {
-                        Requirement::MeshTls { namespace, name } => {
-                            let there = view.mesh_tls(&key.cluster, namespace, name).is_some();
-                            ("MeshTLSAuthentication", namespace, name, there)
-                        }
-                        Requirement::Network { namespace, name } => {
-                            let there = view.network_auth(&key.cluster, namespace, name).is_some();
-                            ("NetworkAuthentication", namespace, name, there)
-                        }
-                        Requirement::Account { .. } => continue,
-                    };
-                    if !there {
-                        problems.push((
-                            format!("spec.requiredAuthenticationRefs[{i}]"),
-                            format!("there is no {kind} {namespace}/{name}, so the policy grants nothing"),
-                            "Add it, or correct the reference",
-                        ));
-                    }
-                }
-            }
+            Object::AuthorizationPolicy(policy) => of_authorization(&view, key, policy, &mut problems),
             Object::Egress(egress) if egress.networks.as_ref().is_some_and(|n| !is_outside(mesh, n)) => {
                 problems.push((
                     "spec.networks".into(),
@@ -131,43 +101,15 @@ fn across(index: &Index, mesh: &Mesh, files: &Files) -> Vec<Finding> {
                     "Except the cluster's networks",
                 ));
             }
-            Object::Service(service) => {
-                let unassigned =
-                    matches!(service.kind, ServiceKind::Cluster { .. }) && view.cluster_ips(service).is_empty();
-                if unassigned {
-                    problems.push((
-                        "spec.clusterIP".into(),
-                        "no address of the service range is free".into(),
-                        "Give one, or configure a larger range",
-                    ));
-                }
-                for (i, port) in service.ports.iter().enumerate() {
-                    let known = [
-                        "http",
-                        "https",
-                        "tls",
-                        "grpc",
-                        "kubernetes.io/h2c",
-                        "kubernetes.io/ws",
-                        "kubernetes.io/wss",
-                        "linkerd.io/opaque",
-                        "linkerd.io/tcp",
-                        "tcp",
-                    ];
-                    if let Some(p) = port.app_protocol.as_deref().filter(|p| !known.contains(p)) {
-                        problems.push((
-                            format!("spec.ports[{i}].appProtocol"),
-                            format!("{p:?} is not known, so the port carries bytes that nobody looks into"),
-                            "Remove it, and HTTP is detected",
-                        ));
-                    }
-                }
-            }
+            Object::Service(service) => of_service(&view, mesh, service, &mut problems),
             _ => {}
         }
         for (field, why, remedy) in problems {
             out.push(locate(files, key, field, why, remedy));
         }
+    }
+    for (link, why, remedy) in mirror::problems(index, mesh) {
+        out.push(locate(files, &link, "spec".into(), why, remedy));
     }
     for (ip, services) in index.contested() {
         for (namespace, name) in services.iter().skip(1) {
@@ -177,6 +119,14 @@ fn across(index: &Index, mesh: &Mesh, files: &Files) -> Vec<Finding> {
         }
     }
     out
+}
+
+/// Clusters that a Service names and that nobody tells anything about.
+fn strangers<'a>(service: &'a Service, mesh: &Mesh) -> Vec<&'a str> {
+    let key = "multicluster.linkerd.io/remote-discovery";
+    let members = service.head.annotation(key).unwrap_or_default().split(',');
+    let named = members.filter_map(|member| Some(member.trim().split_once('@')?.1)).chain(service.head.label(key));
+    named.filter(|cluster| !mesh.clusters.contains_key(*cluster)).collect()
 }
 
 fn locate(files: &Files, key: &Key, field: String, why: String, remedy: &str) -> Finding {
@@ -200,6 +150,77 @@ fn missing(view: &View<'_>, key: &Key, kind: Kind, name: &Arc<str>, field: &str,
     if view.object(&key.cluster, kind, &key.namespace, name).is_none() {
         let why = format!("there is no {} {}/{name}, so this has no effect", kind.name(), key.namespace);
         problems.push((field.into(), why, "Add it, or correct the reference"));
+    }
+}
+
+fn of_authorization(view: &View<'_>, key: &Key, policy: &AuthorizationPolicy, problems: &mut Problems) {
+    match &policy.target {
+        AuthorizationTarget::Server(name) => {
+            missing(view, key, Kind::Server, name, "spec.targetRef", problems);
+        }
+        AuthorizationTarget::Route(kind, name) => {
+            missing(view, key, *kind, name, "spec.targetRef", problems);
+        }
+        AuthorizationTarget::Namespace => {}
+    }
+    for (i, requirement) in policy.requires.iter().enumerate() {
+        let (kind, namespace, name, there) = match requirement {
+            Requirement::MeshTls { namespace, name } => {
+                let there = view.mesh_tls(&key.cluster, namespace, name).is_some();
+                ("MeshTLSAuthentication", namespace, name, there)
+            }
+            Requirement::Network { namespace, name } => {
+                let there = view.network_auth(&key.cluster, namespace, name).is_some();
+                ("NetworkAuthentication", namespace, name, there)
+            }
+            Requirement::Account { .. } => continue,
+        };
+        if !there {
+            problems.push((
+                format!("spec.requiredAuthenticationRefs[{i}]"),
+                format!("there is no {kind} {namespace}/{name}, so the policy grants nothing"),
+                "Add it, or correct the reference",
+            ));
+        }
+    }
+}
+
+fn of_service(view: &View<'_>, mesh: &Mesh, service: &Service, problems: &mut Problems) {
+    let unassigned = matches!(service.kind, ServiceKind::Cluster { .. }) && view.cluster_ips(service).is_empty();
+    if unassigned {
+        problems.push((
+            "spec.clusterIP".into(),
+            "no address of the service range is free".into(),
+            "Give one, or configure a larger range",
+        ));
+    }
+    for cluster in strangers(service, mesh) {
+        problems.push((
+            "metadata.annotations".into(),
+            format!("cluster {cluster} is not known, so it has no members there"),
+            "Give its folder with --cluster NAME=DIR, or correct the annotation",
+        ));
+    }
+    for (i, port) in service.ports.iter().enumerate() {
+        let known = [
+            "http",
+            "https",
+            "tls",
+            "grpc",
+            "kubernetes.io/h2c",
+            "kubernetes.io/ws",
+            "kubernetes.io/wss",
+            "linkerd.io/opaque",
+            "linkerd.io/tcp",
+            "tcp",
+        ];
+        if let Some(p) = port.app_protocol.as_deref().filter(|p| !known.contains(p)) {
+            problems.push((
+                format!("spec.ports[{i}].appProtocol"),
+                format!("{p:?} is not known, so the port carries bytes that nobody looks into"),
+                "Remove it, and HTTP is detected",
+            ));
+        }
     }
 }
 

@@ -256,6 +256,7 @@ pub(super) fn encode<K: Kind>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Lack;
     use std::sync::Arc;
 
     #[test]
@@ -267,9 +268,9 @@ mod tests {
     #[test]
     fn only_kinds_that_happened_are_printed() {
         let errors = ErrorMetrics::<InboundError>::default();
-        errors.failed(&Cause::FailFast);
+        errors.failed(&Cause::FailFast(Lack::Readiness));
         errors.failed(&Cause::Io { errno: None, message: "refused".into() });
-        errors.failed(&Cause::FailFast);
+        errors.failed(&Cause::FailFast(Lack::Readiness));
         let series = [Series { text: "t=\"1\"".into(), last_value: 3, metric: Arc::new(errors) }];
         let mut out = String::new();
         encode(&mut out, "inbound_http_errors_total", "H.", Place::First, &series);

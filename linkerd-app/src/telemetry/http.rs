@@ -248,7 +248,7 @@ mod tests {
         metrics.request();
         metrics.first_byte(200, Duration::from_micros(2500));
         metrics.response(Some(200), Class::grpc(Some(0)));
-        metrics.response(None, Class::error(&Cause::FailFast));
+        metrics.response(None, Class::error(&Cause::FailFast(crate::error::Lack::Readiness)));
         let mut out = String::new();
         encode(&mut out, "", &[Series { text: "d=\"x\"".into(), last_value: 3, metric: Arc::new(metrics) }]);
         let lines: Vec<_> = out.lines().filter(|l| !l.starts_with('#')).collect();

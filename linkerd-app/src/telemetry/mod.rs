@@ -62,6 +62,7 @@ use self::{
 use crate::{
     config,
     policy::{Meta, authz::NoTls},
+    tap::Taps,
 };
 use linkerd_tls::Id;
 use parking_lot::Mutex;
@@ -118,6 +119,7 @@ struct Inner {
     tls_info: Arc<OnceLock<TlsInfo>>,
     health: Arc<Health>,
     access_log_drops: Arc<Counter>,
+    taps: Taps,
     /// Of the newer dialect.
     registry: Registry,
     /// Bytes of the last scrape, so that the next one grows its buffer once.
@@ -263,6 +265,7 @@ impl Telemetry {
             tls_info,
             health,
             access_log_drops,
+            taps: Taps::default(),
             registry: Registry::default(),
             last_size: AtomicUsize::new(0),
         };
@@ -301,6 +304,11 @@ impl Telemetry {
     /// Authorization, rate limits and errors of accepted inbound connections.
     pub fn inbound_server(&self, labels: ServerLabels) -> InboundServer {
         InboundServer::new(self.clone(), labels)
+    }
+
+    /// Those who watch requests pass.
+    pub fn taps(&self) -> &Taps {
+        &self.0.taps
     }
 
     /// Accepted inbound connections that failed before their policy was known.

@@ -159,6 +159,26 @@ async fn without_a_certificate_readiness_says_why_and_sigterm_ends_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_differs_from_the_issuers_is_told_in_words() {
+    let Some(mut world) = World::new("control-skew") else { return };
+    let pod = world.meshed("one", &[], &[]);
+    let control = ControlPlane::new(&world);
+    control.clock_is_ahead(7_200);
+    control.spawn(&mut world, &pod, &[]);
+    let ready = async |words: &str| {
+        let verbose = world.admin("one", "GET", "/ready?verbose").await;
+        matches!(&verbose, Ok((503, body)) if body.contains(words))
+    };
+    world.eventually("the future is told", async || ready("this clock is behind the issuer's").await).await;
+    control.clock_is_ahead(-30 * 24 * 3_600);
+    world.eventually("the past is told", async || ready("ago by this machine's clock; check the clock").await).await;
+    // Still valid, and suspicious.
+    control.clock_is_ahead(-7_200);
+    world.wait_ready("one").await;
+    world.eventually("a warning", async || world.log("one").contains("this clock is ahead of the issuer's")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn certificates_rotate_under_load_without_a_failed_request() {
     let Some(mut world) = World::new("control-rotation") else { return };
     let client = world.meshed("client", &[], &[]);

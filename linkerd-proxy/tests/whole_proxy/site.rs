@@ -75,7 +75,7 @@ impl Site {
             Some(start) => !told.iter().any(|l| l.starts_with(start)),
             None => told.iter().any(|l| l == line),
         };
-        if !lines.iter().all(|line| holds(line)) {
+        if !lines.iter().all(holds) {
             let _ = writeln!(wrong, "{what}: {ask}\n  wanted {lines:?}\n  got    {told:?}");
         }
     }

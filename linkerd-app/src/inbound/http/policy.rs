@@ -29,6 +29,7 @@ use crate::{
         route::{HostMatch, RouteMatch},
         server::{Protocol, Route},
     },
+    tap::About,
     telemetry::{
         Code, Counter, Direction, EndpointLabels, InboundRouteLabels, InboundServer, RouteKind, ServerLabels,
         Telemetry, access::AccessLog, termination::Phase,
@@ -229,6 +230,10 @@ impl PolicyService {
             *head.headers_mut() = req.headers().clone();
             head
         });
+        let tapped = match self.conn.kind {
+            Kind::App => self.guard.telemetry.taps().request(&req, || self.about(&resolved, route, decision)),
+            Kind::Admin | Kind::Gateway => None,
+        };
         let (parts, body) = req.into_parts();
         let (observed, body) = observe::request(handles, rule, body);
         let rsp = match self.inner.send(Request::from_parts(parts, body)).await {
@@ -255,10 +260,17 @@ impl PolicyService {
                     let (guard, conn) = (self.guard.clone(), self.conn.clone());
                     rsp.extensions_mut().insert(Until::new(revoked(guard, conn, head)));
                 }
-                Ok(observed.response(rsp, asked.grpc.then_some(rescue)))
+                let rsp = observed.response(rsp, asked.grpc.then_some(rescue));
+                Ok(match tapped {
+                    Some(tapped) => tapped.response(rsp),
+                    None => rsp,
+                })
             }
             Err(error) => {
                 observed.failed(error.cause());
+                if let Some(tapped) = tapped {
+                    tapped.failed(error.cause());
+                }
                 Err(error)
             }
         }
@@ -375,6 +387,21 @@ impl PolicyService {
             },
             audit: permit.audit,
             authz,
+        }
+    }
+
+    /// What is known of a request that a route let through, for those who tap.
+    fn about(&self, resolved: &Resolved, route: &Route, decision: &Decision) -> About {
+        let about = About::inbound(self.conn.client, &self.conn.tls, self.conn.target)
+            .caused_by("srv", &resolved.prepared.policy.meta)
+            .caused_by("route", &route.meta);
+        let authz = match decision {
+            Decision::Allow { authz, .. } => route.authorizations.get(*authz),
+            Decision::Deny { .. } => None,
+        };
+        match authz {
+            Some(authz) => about.caused_by("authz", &authz.meta),
+            None => about,
         }
     }
 
