@@ -19,7 +19,7 @@ use crate::{
         client,
         endpoint::{Endpoint, Http2Params, ProtocolHint},
     },
-    tap::{About, Observed, Source},
+    tap::{self, About, Source},
     telemetry::{Class, Direction, EndpointLabels, EndpointMetrics, trace::SpanKind},
 };
 use http::{HeaderName, HeaderValue, Request, Response, Version, header::HOST, uri::Authority};
@@ -166,16 +166,14 @@ impl HttpEndpoint {
                 if close && self.kind.forward {
                     rsp.extensions_mut().insert(CloseConnection);
                 }
-                seen(tapped, rsp).map(Tracked::new)
+                tap::response(tapped, rsp).map(Tracked::new)
             }
             Err(error) => {
                 let error = send_error(error).context(self.context.clone());
                 let asked = Asked { orig_proto: asked.orig_proto || carried.is_some(), ..*asked };
                 if !is_endpoint_level(error.cause(), &asked) {
                     self.metrics.response(None, Class::error(error.cause()));
-                    if let Some(tapped) = tapped {
-                        tapped.failed(error.cause());
-                    }
+                    tap::failed(tapped, error.cause());
                     // A client that goes away says nothing about the endpoint.
                     if let Some(permit) = permit.filter(|_| *error.cause() != Cause::Canceled) {
                         permit.resolve(breaker::Outcome::Failure);
@@ -184,7 +182,7 @@ impl HttpEndpoint {
                 }
                 tracing::debug!(%error, "endpoint failed");
                 let rsp = self.kind.rt.rescue.response(&error, &asked);
-                let mut rsp = seen(tapped, rsp).map(Tracked::new);
+                let mut rsp = tap::response(tapped, rsp).map(Tracked::new);
                 rsp.extensions_mut().insert(Unanswered(error));
                 rsp
             }
@@ -223,6 +221,7 @@ impl HttpEndpoint {
         let source = req.extensions().get::<Source>().map(|Source(client)| *client);
         let tls = self.connector.server_id();
         About::outbound(source, self.endpoint.addr, tls, self.endpoint.meta.labels.iter())
+            .on_route(req.extensions().get::<tap::Route>().map(|tap::Route(labels)| &**labels))
     }
 
     fn require_id(&self, req: &mut Request<Body>) -> Result<(), Error> {
@@ -247,14 +246,6 @@ impl HttpEndpoint {
         }
         normalize::set_authority(req, authority.clone())
             .map_err(|error| Error::new(Cause::BadRequest(error.to_string().into())).context(self.context.clone()))
-    }
-}
-
-/// Shows a response to those who tap.
-fn seen(tapped: Option<Observed>, rsp: Response<Body>) -> Response<Body> {
-    match tapped {
-        Some(tapped) => tapped.response(rsp),
-        None => rsp,
     }
 }
 

@@ -11,7 +11,10 @@ mod serve;
 #[cfg(test)]
 mod tests;
 
-pub use self::{observed::Observed, serve::Server};
+pub use self::{
+    observed::{Observed, failed, response},
+    serve::Server,
+};
 
 use self::{event::Seen, filter::Filter};
 use crate::{
@@ -27,7 +30,7 @@ use linkerd_tls::Id;
 use linkerd2_proxy_api::tap::{ObserveRequest, TapEvent};
 use parking_lot::Mutex;
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     net::SocketAddr,
     pin::Pin,
     sync::{
@@ -97,6 +100,10 @@ pub type Labels = HashMap<String, String>;
 /// The client of a request, for those who tap; an extension of outbound requests.
 #[derive(Copy, Clone, Debug)]
 pub struct Source(pub SocketAddr);
+
+/// The labels of the ServiceProfile's route that a request is on; an extension of outbound requests.
+#[derive(Clone, Debug)]
+pub struct Route(pub Arc<BTreeMap<Arc<str>, Arc<str>>>);
 
 impl Default for Inner {
     fn default() -> Self {
@@ -265,6 +272,12 @@ impl About {
             destination_labels,
             route_labels: Labels::new(),
         }
+    }
+
+    /// Adds the labels of the route that was taken.
+    pub fn on_route(self, labels: Option<&BTreeMap<Arc<str>, Arc<str>>>) -> Self {
+        let labels = labels.into_iter().flatten().map(|(key, value)| (key.to_string(), value.to_string()));
+        Self { route_labels: labels.collect(), ..self }
     }
 
     /// Adds group, kind and name of a resource to what is known of the destination, as `<what>_group` and so on.

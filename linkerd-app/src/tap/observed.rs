@@ -28,6 +28,21 @@ struct Exchange {
     ended: bool,
 }
 
+/// Shows a response, if somebody saw its request.
+pub fn response(observed: Option<Observed>, rsp: Response<Body>) -> Response<Body> {
+    match observed {
+        Some(observed) => observed.response(rsp),
+        None => rsp,
+    }
+}
+
+/// Shows an error instead of a response.
+pub fn failed(observed: Option<Observed>, cause: &Cause) {
+    if let Some(observed) = observed {
+        observed.failed(cause);
+    }
+}
+
 impl Observed {
     pub(super) fn new<B>(takers: Vec<Arc<Tap>>, seen: Seen, req: &Request<B>) -> Self {
         for tap in &takers {
@@ -37,7 +52,7 @@ impl Observed {
     }
 
     /// There is a response; its body tells the rest.
-    pub fn response(self, rsp: Response<Body>) -> Response<Body> {
+    pub(super) fn response(self, rsp: Response<Body>) -> Response<Body> {
         let Self(mut exchange) = self;
         let now = Instant::now();
         exchange.response = Some(now);
@@ -53,7 +68,7 @@ impl Observed {
     }
 
     /// There is an error instead of a response.
-    pub fn failed(self, cause: &Cause) {
+    pub(super) fn failed(self, cause: &Cause) {
         let reason = match cause {
             Cause::Http2Reset(reason) => *reason,
             _ => h2::Reason::INTERNAL_ERROR,

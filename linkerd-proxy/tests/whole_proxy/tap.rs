@@ -99,6 +99,10 @@ async fn the_configured_client_sees_requests_and_nobody_else_does() {
     let server = world.meshed("server", &[("http", 8080)], &[]);
     let viz = world.plain("viz", &[]);
     world.manifest("web", &service("web", "server", &["10.96.0.10"], &[("http", 80, "http", None)]));
+    world.manifest(
+        "profile",
+        "apiVersion: linkerd.io/v1alpha2\nkind: ServiceProfile\nmetadata: {name: web.shop.svc.cluster.local, namespace: shop}\nspec: {routes: [{name: seen, condition: {pathRegex: '/(un)?seen.*'}}]}\n",
+    );
     world.spawn("client", &ENV);
     world.spawn("server", &ENV);
     world.wait_ready("client").await;
@@ -133,6 +137,7 @@ async fn the_configured_client_sees_requests_and_nobody_else_does() {
     let labels = event.destination_meta.unwrap().labels;
     assert_eq!((&*labels["srv_kind"], &*labels["route_name"], &*labels["tls"]), ("default", "default", "loopback"));
     assert!(labels.contains_key("authz_name"), "{labels:?}");
+    assert_eq!(event.route_meta.unwrap().labels["route"], "seen");
     let destination = SocketAddr::try_from(event.destination.unwrap()).unwrap();
     assert_eq!(destination, server.addr(8080));
     let Event::RequestInit(init) = what else { panic!("{what:?}") };
@@ -154,6 +159,7 @@ async fn the_configured_client_sees_requests_and_nobody_else_does() {
     assert_eq!(event.proxy_direction(), ProxyDirection::Outbound);
     assert!(matches!(what, Event::RequestInit(init) if init.path == "/unseen"));
     assert_eq!(SocketAddr::try_from(event.source.unwrap()).unwrap().ip(), client.ip4);
+    assert_eq!(event.route_meta.unwrap().labels["route"], "seen");
     let labels = event.destination_meta.unwrap().labels;
     assert_eq!((&*labels["tls"], &labels["server_id"]), ("true", &identity_of("server")));
     assert!(labels.contains_key("serviceaccount"), "{labels:?}");
