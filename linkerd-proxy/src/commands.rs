@@ -8,7 +8,11 @@ use clap::Parser;
 use linkerd_app::{
     app::{App, Home, Parts},
     await_ready,
-    config::{self, Config, env as environment, syntax},
+    config::{
+        self, Config,
+        env::{self as environment, Class, Invalid, Process},
+        syntax,
+    },
     redirect,
     standalone::{self, Standalone},
     telemetry::{
@@ -61,7 +65,8 @@ pub(crate) fn dispatch(args: impl Iterator<Item = OsString>) -> ExitCode {
 
 /// The Linkerd proxy: everything from the environment.
 pub(crate) fn linkerd() -> ExitCode {
-    let log = match init_log() {
+    let process = environment::process(&|name| std::env::var_os(name));
+    let log = match init_log(&process) {
         Ok(log) => log,
         Err(code) => return code,
     };
@@ -74,15 +79,16 @@ pub(crate) fn linkerd() -> ExitCode {
             return code;
         }
     };
-    match runtime::traffic() {
-        Ok(traffic) => serve(config, Home::Linkerd, log, traffic),
+    match runtime::traffic(&process) {
+        Ok(traffic) => serve(config, Home::Linkerd, log, &process, traffic),
         Err(error) => failure(&format!("cannot start the runtime: {error}")),
     }
 }
 
 /// The proxy beside a workload of a folder of manifests.
 fn run(args: Run) -> ExitCode {
-    let log = match init_log() {
+    let process = environment::process(&|name| std::env::var_os(name));
+    let log = match init_log(&process) {
         Ok(log) => log,
         Err(code) => return code,
     };
@@ -98,7 +104,7 @@ fn run(args: Run) -> ExitCode {
         Ok(mesh) => mesh,
         Err(why) => return usage(&why),
     };
-    let traffic = match runtime::traffic() {
+    let traffic = match runtime::traffic(&process) {
         Ok(traffic) => traffic,
         Err(error) => return failure(&format!("cannot start the runtime: {error}")),
     };
@@ -129,7 +135,7 @@ fn run(args: Run) -> ExitCode {
         config.inbound.ips = Arc::new(workload.addresses.iter().copied().collect());
     }
     config.inbound.ports.extend(workload.ports.iter().map(|(port, _)| *port));
-    serve(config, Home::Standalone(standalone), log, traffic)
+    serve(config, Home::Standalone(standalone), log, &process, traffic)
 }
 
 /// Bounds on the time between certifications where the environment says nothing (contract.md 1.7).
@@ -139,13 +145,13 @@ const MAX_REFRESH: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long the end of the tasks that are left is waited for.
 const CUT: Duration = Duration::from_secs(1);
 
-fn serve(config: Config, home: Home, log: log::Handle, traffic: Runtime) -> ExitCode {
+fn serve(config: Config, home: Home, log: log::Handle, process: &Process, traffic: Runtime) -> ExitCode {
     if !config.core_dumps {
         secrecy::keep();
     }
     let telemetry = Telemetry::new(config.metrics);
     let env = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect();
-    let access_log = match access_log(&telemetry) {
+    let access_log = match access_log(process, &telemetry) {
         Ok(access_log) => access_log,
         Err(error) => return failure(&format!("access log: {error}")),
     };
@@ -153,17 +159,20 @@ fn serve(config: Config, home: Home, log: log::Handle, traffic: Runtime) -> Exit
         Ok(daemon) => daemon,
         Err(error) => return failure(&format!("cannot start the admin runtime: {error}")),
     };
-    let parts = Parts { config, home, telemetry, access_log: access_log.clone(), log, env };
+    let beside = daemon.handle().clone();
+    let parts = Parts { config, home, telemetry, access_log: access_log.clone(), log, env, beside };
     let built = {
         let _entered = traffic.enter();
-        App::build(parts).map_err(|error| error.to_string()).and_then(|built| {
-            let signals = signals().map_err(|error| format!("cannot handle signals: {error}"))?;
-            Ok((built, signals))
-        })
+        (App::build(parts), signals())
     };
-    let ((app, beside), signals) = match built {
-        Ok(built) => built,
-        Err(why) => return failure(&why),
+    let (app, beside, signals) = match built {
+        (Ok((app, beside)), Ok(signals)) => (app, beside, signals),
+        (Err(error), _) => {
+            let fault =
+                error.fault().map(|fault| invalid(&Invalid { class: Class::InvalidVariable, faults: vec![fault] }));
+            return fault.unwrap_or_else(|| failure(&error.to_string()));
+        }
+        (_, Err(error)) => return failure(&format!("cannot handle signals: {error}")),
     };
     let thread = std::thread::Builder::new().name("admin".into());
     if let Err(error) = thread.spawn(move || daemon.block_on(beside.run())) {
@@ -194,10 +203,8 @@ fn signals() -> std::io::Result<mpsc::Receiver<&'static str>> {
     Ok(rx)
 }
 
-fn init_log() -> Result<log::Handle, ExitCode> {
-    let filter = std::env::var("LINKERD2_PROXY_LOG").ok();
-    let format = log::Format::parse(&std::env::var("LINKERD2_PROXY_LOG_FORMAT").unwrap_or_default());
-    match log::init(filter.as_deref(), format) {
+fn init_log(process: &Process) -> Result<log::Handle, ExitCode> {
+    match log::init(process.log.as_deref(), log::Format::parse(&process.log_format)) {
         Ok(handle) => {
             tracing::info!(
                 "{} {} {} ({})",
@@ -206,6 +213,7 @@ fn init_log() -> Result<log::Handle, ExitCode> {
                 option_env!("LINKERD_PROXY_GIT_SHA").filter(|sha| !sha.is_empty()).unwrap_or("unknown"),
                 env!("CARGO_PKG_NAME"),
             );
+            warn(&process.warnings);
             Ok(handle)
         }
         Err(error) => {
@@ -215,8 +223,8 @@ fn init_log() -> Result<log::Handle, ExitCode> {
     }
 }
 
-fn access_log(telemetry: &Telemetry) -> std::io::Result<AccessLog> {
-    let Ok(format) = std::env::var("LINKERD2_PROXY_ACCESS_LOG") else { return Ok(AccessLog::off()) };
+fn access_log(process: &Process, telemetry: &Telemetry) -> std::io::Result<AccessLog> {
+    let Some(format) = &process.access_log else { return Ok(AccessLog::off()) };
     match format.parse::<access::Format>() {
         Ok(format) => AccessLog::start(format, telemetry.access_log_drops()),
         Err(error) => {
@@ -230,19 +238,26 @@ fn read_environment(mode: environment::Mode) -> Result<Config, ExitCode> {
     let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
     match environment::parse(&|name| std::env::var_os(name), names, mode) {
         Ok(parsed) => {
-            for warning in parsed.warnings {
-                tracing::warn!(target: "linkerd_app::env", "{warning}");
-            }
+            warn(&parsed.warnings);
             Ok(parsed.config)
         }
-        Err(invalid) => {
-            for fault in &invalid.faults {
-                tracing::error!(target: "linkerd_app::env", "{fault}");
-            }
-            eprintln!("Invalid configuration: {invalid}");
-            Err(EXIT_USAGE.into())
-        }
+        Err(error) => Err(invalid(&error)),
     }
+}
+
+fn warn(warnings: &[String]) {
+    for warning in warnings {
+        tracing::warn!(target: "linkerd_app::env", "{warning}");
+    }
+}
+
+/// Says what is wrong with the environment, in the log and on stderr.
+fn invalid(error: &Invalid) -> ExitCode {
+    for fault in &error.faults {
+        tracing::error!(target: "linkerd_app::env", "{fault}");
+    }
+    eprintln!("Invalid configuration: {error}");
+    EXIT_USAGE.into()
 }
 
 /// The folders of all clusters, and what is said of ours.

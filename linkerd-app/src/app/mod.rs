@@ -9,11 +9,11 @@ mod watch;
 
 use crate::{
     admin::{self, Admin, Panels},
-    config::{self, Config},
+    config::{self, Config, env::Fault},
     control::{self, Control, ControlService, certify::Certifier, spire, traces::Exporter},
     gateway::Gateway,
     http::settings,
-    identity::{self, Task},
+    identity::{self, Task, documents::Error as Documents},
     inbound::Inbound,
     outbound::Outbound,
     policy::Source,
@@ -58,9 +58,11 @@ pub struct Parts {
     pub log: log::Handle,
     /// The environment, for the admin server.
     pub env: BTreeMap<String, String>,
+    /// The runtime that [`Daemon::run`] will run on.
+    pub beside: Handle,
 }
 
-/// Why a proxy can't be built. The process ends with exit code 1.
+/// Why a proxy can't be built. The process ends with exit code 1, or 64 for an [`InitError::fault`].
 #[derive(Debug, thiserror::Error)]
 pub enum InitError {
     /// A listener's port can't be had.
@@ -72,6 +74,24 @@ pub enum InitError {
     /// A part of the configuration that this home needs is absent.
     #[error("the configuration has no {0}")]
     Missing(&'static str),
+}
+
+impl InitError {
+    /// What the environment names and is unusable, if that is it: the exit code is 64 then (contract.md 1.7).
+    pub fn fault(&self) -> Option<Fault> {
+        let Self::Identity(error) = self else { return None };
+        let fault = |name: &str, value, why| Some(Fault { name: name.into(), value, why });
+        match error {
+            identity::Error::Token(error) => {
+                let path = error.path.display().to_string();
+                fault("LINKERD2_PROXY_IDENTITY_TOKEN_FILE", Some(path), error.to_string())
+            }
+            identity::Error::Documents(error @ (Documents::Read { .. } | Documents::Contents { .. })) => {
+                fault("LINKERD2_PROXY_IDENTITY_DIR", None, error.to_string())
+            }
+            _ => None,
+        }
+    }
 }
 
 /// A proxy with its sockets bound, that serves nothing yet.
@@ -110,7 +130,7 @@ impl App {
     /// # Errors
     /// [`InitError`] names what can't be had.
     pub fn build(parts: Parts) -> Result<(Self, Daemon), InitError> {
-        let Parts { config, home, telemetry, access_log, log, env } = parts;
+        let Parts { config, home, telemetry, access_log, log, env, beside } = parts;
         let (identity, task) = identity::prepare(config.identity.as_ref().ok_or(InitError::Missing("identity"))?)?;
         let panels = Panels::default();
         let observer = observer(&config, &telemetry);
@@ -118,8 +138,9 @@ impl App {
         let traces = traces(&config, &identity, &observer, &telemetry);
         let certificate = certificate(task, &config, &identity, observer)?;
         let (inbound, outbound) = directions(&config, &identity, source, &telemetry, access_log);
-        let listeners = Listeners::bind(&config)?;
+        let listeners = Listeners::bind(&config, &beside)?;
         telemetry.set_tls_info(tls_info());
+        telemetry.set_runtime(&Handle::current());
         watch::directions(&inbound, &outbound, &panels);
         watch::identity(&identity, &telemetry, &panels);
         introduce(&config, &identity, &listeners);
@@ -220,13 +241,14 @@ struct Listeners {
 }
 
 impl Listeners {
-    fn bind(config: &Config) -> Result<Self, BindError> {
-        Ok(Self {
-            inbound: transport::bind(&config.inbound.listen)?,
-            outbound: config.outbound.listen.iter().map(transport::bind).collect::<Result<_, _>>()?,
-            admin: transport::bind(&config.admin.listen)?,
-            tap: config.tap.as_ref().map(|tap| transport::bind(&tap.listen)).transpose()?,
-        })
+    /// `beside` is the runtime that serves the operators' ports: a socket hears of connections through the runtime in which
+    /// it was bound, and operators must be heard while traffic hangs.
+    fn bind(config: &Config, beside: &Handle) -> Result<Self, BindError> {
+        let inbound = transport::bind(&config.inbound.listen)?;
+        let outbound = config.outbound.listen.iter().map(transport::bind).collect::<Result<_, _>>()?;
+        let _entered = beside.enter();
+        let tap = config.tap.as_ref().map(|tap| transport::bind(&tap.listen)).transpose()?;
+        Ok(Self { inbound, outbound, admin: transport::bind(&config.admin.listen)?, tap })
     }
 }
 

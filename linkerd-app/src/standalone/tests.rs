@@ -1302,6 +1302,30 @@ apiVersion: policy.linkerd.io/v1alpha1
 kind: HTTPLocalRateLimitPolicy
 metadata: {name: l}
 spec: {targetRef: {group: policy.linkerd.io, kind: Server, name: raw}, total: {requestsPerSecond: 1}}
+---
+apiVersion: policy.linkerd.io/v1alpha1
+kind: HTTPLocalRateLimitPolicy
+metadata: {name: l-out}
+spec: {targetRef: {group: policy.linkerd.io, kind: EgressNetwork, name: gone}, total: {requestsPerSecond: 1}}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: BackendTLSPolicy
+metadata: {name: tls}
+spec: {targetRefs: [{kind: Service, name: a}], validation: {hostname: a.b, caCertificateRefs: [{group: '', kind: ConfigMap, name: gone}]}}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: bytes, annotations: {config.linkerd.io/opaque-ports: '80'}}
+spec: {clusterIP: 10.96.0.3, ports: [{port: 80}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: unseen}
+spec:
+  parentRefs: [{group: '', kind: Service, name: bytes}]
+  rules:
+  - filters: [{type: RequestMirror, requestMirror: {backendRef: {name: gone, port: 80}}}, {type: ExternalAuth}]
+    backendRefs: [{group: gateway.networking.x-k8s.io, kind: XBackend, name: x}, {group: multicluster.x-k8s.io, kind: ServiceImport, name: i, port: 80}]
 ",
     )]);
     let report = check(std::slice::from_ref(&dir.0));
@@ -1322,6 +1346,13 @@ spec: {targetRef: {group: policy.linkerd.io, kind: Server, name: raw}, total: {r
             warning(9, "spec.server.name"),
             warning(10, "spec.targetRef"),
             warning(12, "spec.targetRef"),
+            warning(13, "spec.targetRef"),
+            warning(14, "spec.validation.caCertificateRefs"),
+            warning(16, "spec.rules[0].filters[1].type"),
+            warning(16, "spec.rules[0].backendRefs[0]"),
+            warning(16, "spec.rules[0].backendRefs[1]"),
+            warning(16, "spec.parentRefs[0]"),
+            warning(16, "spec.rules[0].filters[0].requestMirror"),
             (Severity::Note, 7, ""),
         ],
         "{report}"

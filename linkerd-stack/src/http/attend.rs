@@ -18,9 +18,9 @@ use tokio::{
 };
 
 /// The end of a client's stream belongs to its request if it comes within this time of the request's last byte. Programs
-/// that close their side at once take microseconds between the two calls, or a tenth of a second where a container's share
-/// of the processor ran out in between; people and timeouts take longer than this.
-const TOGETHER: Duration = Duration::from_millis(200);
+/// that close their side at once take microseconds between the two calls. Those that give up may do so after some tens of
+/// milliseconds, and the original takes every end for that: where this is wrong, it should not be about them.
+const TOGETHER: Duration = Duration::from_millis(20);
 
 /// What is known of a client's presence.
 #[derive(Debug)]

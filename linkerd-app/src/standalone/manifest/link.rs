@@ -131,13 +131,7 @@ impl Text {
         if self.0.is_empty() {
             return default;
         }
-        match parse(&self.0) {
-            Ok(value) => value,
-            Err(why) => {
-                at.error(why, "");
-                default
-            }
-        }
+        at.take(parse(&self.0)).unwrap_or(default)
     }
 }
 
@@ -195,7 +189,10 @@ fn gateway(raw: &RawLink, at: &mut At<'_>) -> Option<Gateway> {
         match host.parse::<IpAddr>() {
             Ok(ip) => addresses.push(ip),
             Err(_) if is_host_name(host) => names.push(Arc::from(host)),
-            Err(_) => at.field("gatewayAddress").error(format!("{host:?} is neither an address nor a name"), ""),
+            Err(_) => at.field("gatewayAddress").error(
+                format!("{host:?} is neither an address nor a name"),
+                "Write addresses and DNS names, with commas between them",
+            ),
         }
     }
     if addresses.is_empty() && names.is_empty() {
@@ -216,11 +213,12 @@ fn gateway(raw: &RawLink, at: &mut At<'_>) -> Option<Gateway> {
 }
 
 fn probe(raw: &RawProbe, at: &mut At<'_>) -> Probe {
-    let time =
-        |text: &str| duration::go(text).and_then(|d| if d.is_zero() { Err("0 is no time".into()) } else { Ok(d) });
+    let time = |text: &str| {
+        duration::go(text).and_then(|d| if d.is_zero() { Err("0 is no time; write 1s or more".into()) } else { Ok(d) })
+    };
     let path = raw.path.or("/ready".to_string(), &mut at.field("path"), |text| {
         let fits = text.starts_with('/') && text.bytes().all(|b| b.is_ascii_graphic());
-        if fits { Ok(text.to_string()) } else { Err(format!("{text:?} is no path")) }
+        if fits { Ok(text.to_string()) } else { Err(format!("{text:?} is no path; write one like /ready")) }
     });
     Probe {
         path: path.into(),
@@ -228,7 +226,10 @@ fn probe(raw: &RawProbe, at: &mut At<'_>) -> Probe {
         period: raw.period.or(Duration::from_secs(3), &mut at.field("period"), time),
         timeout: raw.timeout.or(Duration::from_secs(30), &mut at.field("timeout"), time),
         failures: raw.failure_threshold.or(3, &mut at.field("failureThreshold"), |text| {
-            text.parse().ok().filter(|n| *n > 0).ok_or_else(|| format!("{text:?} is no number above 0"))
+            text.parse()
+                .ok()
+                .filter(|n| *n > 0)
+                .ok_or_else(|| format!("{text:?} is no number above 0; write 1 or more"))
         }),
     }
 }

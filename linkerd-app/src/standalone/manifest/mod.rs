@@ -16,7 +16,7 @@ pub(super) use self::{
         MeshTls, NetworkAuth, Principal, Profile, ProxyProtocol, RateLimit, RateLimitTarget, Requirement, Selector,
         Server, ServerAuthorization, ServerRef, Subjects, default_policy,
     },
-    route::{BackendKind, BackendRef, FilterSpec, ParentKind, Route, RouteKind, Rule, SessionSpec},
+    route::{BackendKind, BackendRef, FilterSpec, ParentKind, ParentRef, Route, RouteKind, Rule, SessionSpec},
 };
 
 use self::typed::typed;
