@@ -9,7 +9,7 @@ use crate::{
     telemetry::termination::Phase,
 };
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Version,
+    HeaderMap, HeaderName, HeaderValue, Request, Response, Version,
     header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, LOCATION, RETRY_AFTER},
 };
 
@@ -165,6 +165,7 @@ fn message(error: &Error) -> HeaderValue {
 mod tests {
     use super::*;
     use crate::error::{Lack, RateLimitScope};
+    use http::StatusCode;
     use std::time::Duration;
 
     const S: Duration = Duration::from_secs(1);

@@ -4,6 +4,9 @@
 #![allow(clippy::unwrap_used, reason = "a failed expectation is what a test is for, in its helpers too")]
 
 mod apps;
+mod balancing;
+mod breakers;
+mod causes;
 mod companions;
 mod control;
 mod control_plane;
@@ -23,11 +26,15 @@ mod origination;
 mod policy;
 mod protocols;
 mod reload;
+mod retries;
 mod routes;
 mod routing;
+mod scripted;
 mod settings;
 mod site;
 mod smuggling;
 mod startup;
+mod timeouts;
+mod unprocessed;
 mod wire;
 mod world;
