@@ -98,8 +98,6 @@ pub struct Settings {
     pub probe_networks: Vec<IpNet>,
     /// Namespace whose EgressNetworks count for all namespaces that have none.
     pub egress_namespace: Arc<str>,
-    /// Whether `l5d-retry-*` and `l5d-timeout` request headers are honoured.
-    pub l5d_headers: bool,
     /// Which address of a dual-stack Pod is used.
     pub prefer_ipv6: bool,
 }
@@ -127,7 +125,6 @@ impl Default for Settings {
             default_policy: DefaultPolicy::AllUnauthenticated,
             probe_networks: vec![v4(0, 0, 0, 0, 0), v6(0, 0)],
             egress_namespace: "linkerd-egress".into(),
-            l5d_headers: false,
             prefer_ipv6: false,
         }
     }

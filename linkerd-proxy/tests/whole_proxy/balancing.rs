@@ -1,7 +1,11 @@
 //! Spreading load: endpoint weights, zones, and sessions that stay where they began.
 
 use crate::scripted::{Ask, BOTH, Stage, route, service, slice};
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    time::Duration,
+};
 
 /// Which server answered how many of `n` requests, one after the other.
 async fn shares(stage: &Stage, service: u8, headers: &[(&str, &str)], n: u32) -> BTreeMap<String, u32> {
@@ -30,6 +34,37 @@ async fn equal_endpoints_share_alike_and_weights_are_honoured() {
     stage.world.eventually("one takes nothing", async || shares(&stage, 1, &[], 10).await.get("one").is_none()).await;
     stage.manifests(&(service(1, &[], &[]) + &one.replace("\"3\"", "\"0\"")));
     stage.world.eventually("one is alone", async || shares(&stage, 1, &[], 5).await.get("one") == Some(&5)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn endpoints_come_and_go_under_load_without_a_failed_request() {
+    let (one, both) = (service(0, &[], &BOTH[..1]), service(0, &[], BOTH));
+    let Some(stage) = Stage::new("come-and-go", &both, &[]).await else { return };
+    let done = AtomicBool::new(false);
+    let load = async || {
+        while !done.load(Relaxed) {
+            let told = stage.ask(0, Ask { script: "slow:30", ..Ask::default() }).await;
+            assert_eq!(told.status, 200, "{told:?}");
+        }
+    };
+    let changes = async {
+        for _ in 0..3 {
+            for (manifests, left) in [(&one, [true, false]), (&both, [true, true])] {
+                stage.manifests(manifests);
+                let seen = || [stage.one.count(), stage.two.count()];
+                // Until those that are left are asked, and the other is not.
+                let settled = async || {
+                    let before = seen();
+                    tokio::time::sleep(Duration::from_millis(150)).await;
+                    let after = seen();
+                    [0, 1].map(|i| after[i] > before[i]) == left
+                };
+                stage.world.eventually("the change is seen", settled).await;
+            }
+        }
+        done.store(true, Relaxed);
+    };
+    tokio::join!(changes, load(), load(), load());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -44,6 +44,8 @@ async fn conditions_limits_backoff_and_bodies() {
         service(3, &[], ONE),
         route(3, "retry: {codes: [500], attempts: 2, backoff: 150ms}, timeouts: {request: 9s, backendRequest: 300ms}"),
         service(4, &[], ONE),
+        service(5, &[("retry.linkerd.io/http", "5xx"), ("retry.linkerd.io/max-request-bytes", "100000")], ONE),
+        service(6, &[("retry.linkerd.io/request-headers", "true")], ONE),
     ];
     let Some(stage) = Stage::new("retries", &manifests.concat(), &[]).await else { return };
     let cases: &[Case<'_>] = &[
@@ -66,6 +68,9 @@ async fn conditions_limits_backoff_and_bodies() {
         // What was sent is sent again, if all of it was kept.
         (0, Ask { id: "kept", script: "503,200", body: 64 * KIB, ..HTTP1 }, "200", &[64 * KIB; 2]),
         (0, Ask { id: "kept-h2", script: "503,200", body: 64 * KIB, ..HTTP2 }, "200", &[64 * KIB; 2]),
+        (5, Ask { id: "kept-longer", script: "503,200", body: 100_000, ..HTTP1 }, "200", &[100_000; 2]),
+        // The request asks for it itself.
+        (6, Ask { id: "asked", script: "503,200", headers: &[("l5d-retry-http", "503")], ..HTTP1 }, "200", &[0; 2]),
         (0, Ask { id: "too-long", script: "503,200", body: 64 * KIB + 1, ..HTTP1 }, "503", &[64 * KIB + 1]),
     ];
     let run = async |(to, ask, wanted, bodies): &Case<'_>| {
