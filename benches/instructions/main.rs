@@ -28,9 +28,9 @@ const WARM_UP: u64 = 50;
 const REQUESTS: u64 = 300;
 /// A proxy under valgrind is some fifty times slower.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// Share by which a count may differ from the one on file. From run to run they differ by a thousandth; compilers and
-/// timers get the rest.
-const TOLERANCE: f64 = 0.02;
+/// Share by which a count may differ from the one on file. From run to run they differ by a thousandth; what compilers,
+/// processors and timers make of it gets the rest.
+const TOLERANCE: f64 = 0.03;
 const SERVER: &str = "127.0.0.2:18080";
 const HOST: &str = "web.bench:80";
 
@@ -38,7 +38,7 @@ const HOST: &str = "web.bench:80";
 #[derive(Debug, Parser)]
 #[command(name = "instructions", max_term_width = 110)]
 struct Options {
-    /// The proxy's release binary. Without it, the one beside this program.
+    /// The proxy's binary, of the profile `counts` as the counts on file are. Without it, the one beside this program.
     #[arg(long)]
     proxy: Option<PathBuf>,
     /// Counts to compare with.
@@ -96,7 +96,14 @@ fn run(options: &Options) -> io::Result<bool> {
     }
     let old = fs::read_to_string(&options.counts)
         .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}; --update makes it", options.counts.display())))?;
-    Ok(compare(&parse(&old), &counts))
+    let good = compare(&parse(&old), &counts);
+    if !good {
+        println!(
+            "If the change is worth that, put the new counts on file, and the reason into the commit:\n    {} --update",
+            std::env::current_exe()?.display()
+        );
+    }
+    Ok(good)
 }
 
 /// Says what differs.
@@ -326,7 +333,7 @@ mod tests {
 
     #[test]
     fn only_a_count_above_the_tolerance_fails() {
-        for (new, good) in [(100_000, true), (101_900, true), (102_100, false), (50_000, true)] {
+        for (new, good) in [(100_000, true), (102_900, true), (103_100, false), (50_000, true)] {
             check(new, good);
         }
         assert!(!compare(&BTreeMap::new(), &BTreeMap::from([("new".into(), 1)])));

@@ -625,6 +625,18 @@ mod tests {
         let mut past = issuer.issue(&id(WEB)).unwrap();
         past.expiry = SystemTime::now() - Duration::from_secs(9);
         assert!(matches!(refused(past), Invalid::Expired(_)));
+        let key = crate::csr::generate_key().unwrap();
+        let csr = crate::csr::csr_der(&key, &id(WEB)).unwrap();
+        let hour = Duration::from_secs(3_600);
+        for (now, words) in
+            [(SystemTime::now() + hour, "is not valid for another"), (SystemTime::now() - hour * 24 * 30, "expired")]
+        {
+            let issued = issuer.issue_for_at(&csr, &id(WEB), now).unwrap();
+            let crate::ca::Issued { leaf, intermediates, .. } = issued;
+            let skewed = Certificate { leaf, intermediates, key_pkcs8: key.clone(), expiry: SystemTime::now() + hour };
+            let told = refused(skewed).to_string();
+            assert!(told.contains(words) && told.contains("this machine's clock"), "{told}");
+        }
         let mut chainless = issuer.issue(&id(WEB)).unwrap();
         chainless.intermediates.clear();
         assert_eq!(refused(chainless), Invalid::Untrusted);

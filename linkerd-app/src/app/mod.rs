@@ -1,6 +1,6 @@
 //! A whole proxy: its parts joined, its sockets bound, its life from the first certificate to the end of the drain.
 //!
-//! Two threads: traffic (one runtime, one worker per core) and the daemon (admin server and identity), so that a busy
+//! Two threads: traffic (one runtime, one worker per core) and the daemon (admin and tap servers, identity), so that a busy
 //! data path never delays a probe or a renewal. The order of starting is contract.md 3.1, that of stopping 3.4, but
 //! for what is better here: outbound stays open while inbound drains, the admin server stays until the end, and a
 //! second signal ends the process at once.
@@ -9,15 +9,16 @@ mod watch;
 
 use crate::{
     admin::{self, Admin, Panels},
-    config::{self, Config},
+    config::{self, Config, env::Fault},
     control::{self, Control, ControlService, certify::Certifier, spire, traces::Exporter},
     gateway::Gateway,
     http::settings,
-    identity::{self, Task},
+    identity::{self, Task, documents::Error as Documents},
     inbound::Inbound,
     outbound::Outbound,
     policy::Source,
     standalone::Standalone,
+    tap,
     telemetry::{Telemetry, TlsInfo, access::AccessLog, log, trace, watchdog::Watchdog},
     transport::{self, BindError, BoundListener},
 };
@@ -57,9 +58,11 @@ pub struct Parts {
     pub log: log::Handle,
     /// The environment, for the admin server.
     pub env: BTreeMap<String, String>,
+    /// The runtime that [`Daemon::run`] will run on.
+    pub beside: Handle,
 }
 
-/// Why a proxy can't be built. The process ends with exit code 1.
+/// Why a proxy can't be built. The process ends with exit code 1, or 64 for an [`InitError::fault`].
 #[derive(Debug, thiserror::Error)]
 pub enum InitError {
     /// A listener's port can't be had.
@@ -71,6 +74,24 @@ pub enum InitError {
     /// A part of the configuration that this home needs is absent.
     #[error("the configuration has no {0}")]
     Missing(&'static str),
+}
+
+impl InitError {
+    /// What the environment names and is unusable, if that is it: the exit code is 64 then (contract.md 1.7).
+    pub fn fault(&self) -> Option<Fault> {
+        let Self::Identity(error) = self else { return None };
+        let fault = |name: &str, value, why| Some(Fault { name: name.into(), value, why });
+        match error {
+            identity::Error::Token(error) => {
+                let path = error.path.display().to_string();
+                fault("LINKERD2_PROXY_IDENTITY_TOKEN_FILE", Some(path), error.to_string())
+            }
+            identity::Error::Documents(error @ (Documents::Read { .. } | Documents::Contents { .. })) => {
+                fault("LINKERD2_PROXY_IDENTITY_DIR", None, error.to_string())
+            }
+            _ => None,
+        }
+    }
 }
 
 /// A proxy with its sockets bound, that serves nothing yet.
@@ -91,6 +112,7 @@ pub struct Daemon {
     telemetry: Telemetry,
     ready: Ready,
     admin: (admin::Server, BoundListener),
+    tap: Option<(tap::Server, BoundListener)>,
     traffic: Handle,
 }
 
@@ -108,7 +130,7 @@ impl App {
     /// # Errors
     /// [`InitError`] names what can't be had.
     pub fn build(parts: Parts) -> Result<(Self, Daemon), InitError> {
-        let Parts { config, home, telemetry, access_log, log, env } = parts;
+        let Parts { config, home, telemetry, access_log, log, env, beside } = parts;
         let (identity, task) = identity::prepare(config.identity.as_ref().ok_or(InitError::Missing("identity"))?)?;
         let panels = Panels::default();
         let observer = observer(&config, &telemetry);
@@ -116,8 +138,9 @@ impl App {
         let traces = traces(&config, &identity, &observer, &telemetry);
         let certificate = certificate(task, &config, &identity, observer)?;
         let (inbound, outbound) = directions(&config, &identity, source, &telemetry, access_log);
-        let listeners = Listeners::bind(&config)?;
+        let listeners = Listeners::bind(&config, &beside)?;
         telemetry.set_tls_info(tls_info());
+        telemetry.set_runtime(&Handle::current());
         watch::directions(&inbound, &outbound, &panels);
         watch::identity(&identity, &telemetry, &panels);
         introduce(&config, &identity, &listeners);
@@ -146,6 +169,7 @@ impl App {
             telemetry: telemetry.clone(),
             ready,
             admin: (server, listeners.admin),
+            tap: tap_server(&config, &identity, &telemetry).zip(listeners.tap),
             traffic: Handle::current(),
         };
         let app = Self {
@@ -213,15 +237,18 @@ struct Listeners {
     inbound: BoundListener,
     outbound: Vec<BoundListener>,
     admin: BoundListener,
+    tap: Option<BoundListener>,
 }
 
 impl Listeners {
-    fn bind(config: &Config) -> Result<Self, BindError> {
-        Ok(Self {
-            inbound: transport::bind(&config.inbound.listen)?,
-            outbound: config.outbound.listen.iter().map(transport::bind).collect::<Result<_, _>>()?,
-            admin: transport::bind(&config.admin.listen)?,
-        })
+    /// `beside` is the runtime that serves the operators' ports: a socket hears of connections through the runtime in which
+    /// it was bound, and operators must be heard while traffic hangs.
+    fn bind(config: &Config, beside: &Handle) -> Result<Self, BindError> {
+        let inbound = transport::bind(&config.inbound.listen)?;
+        let outbound = config.outbound.listen.iter().map(transport::bind).collect::<Result<_, _>>()?;
+        let _entered = beside.enter();
+        let tap = config.tap.as_ref().map(|tap| transport::bind(&tap.listen)).transpose()?;
+        Ok(Self { inbound, outbound, admin: transport::bind(&config.admin.listen)?, tap })
     }
 }
 
@@ -351,6 +378,16 @@ fn directions(
     (inbound, outbound)
 }
 
+/// Whoever may watch requests pass, if somebody may.
+fn tap_server(config: &Config, identity: &Reader, telemetry: &Telemetry) -> Option<tap::Server> {
+    config.tap.as_ref().map(|tap| tap::Server {
+        taps: telemetry.taps().clone(),
+        client: tap.client.clone(),
+        identity: identity.clone(),
+        http: settings::server(&config.inbound.http_server),
+    })
+}
+
 /// Ends when the process is asked to stop, by a signal or on the admin port.
 async fn wait(ask: &mut mpsc::Receiver<()>, signals: &mut mpsc::Receiver<&'static str>) {
     select! {
@@ -367,10 +404,11 @@ impl Daemon {
     pub async fn run(self) {
         let observer = watch::Attempts::watched(&self.telemetry);
         let (admin, listener) = self.admin;
-        let _ = watch::tasks(
-            vec![("serving the admin port".into(), tokio::spawn(admin.serve(listener)).abort_handle())],
-            &self.telemetry,
-        );
+        let mut tasks = vec![("serving the admin port".into(), tokio::spawn(admin.serve(listener)).abort_handle())];
+        if let Some((tap, listener)) = self.tap {
+            tasks.push(("serving the tap port".into(), tokio::spawn(tap.serve(listener)).abort_handle()));
+        }
+        let _ = watch::tasks(tasks, &self.telemetry);
         if let Some(traces) = self.traces {
             tokio::spawn(traces.run());
         }
@@ -396,6 +434,10 @@ fn introduce(config: &Config, identity: &Reader, listeners: &Listeners) {
     tracing::info!("Inbound interface on {}", listeners.inbound.local_addr());
     for listener in &listeners.outbound {
         tracing::info!("Outbound interface on {}", listener.local_addr());
+    }
+    match &listeners.tap {
+        Some(listener) => tracing::info!("Tap interface on {}", listener.local_addr()),
+        None => tracing::info!("Tap DISABLED"),
     }
     tracing::info!("SNI is {}", identity.server_name());
     tracing::info!("Local identity is {}", identity.id());

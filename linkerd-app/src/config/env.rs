@@ -1,6 +1,6 @@
 //! The environment, read: one row per setting, all bad entries reported at once.
 //!
-//! [`SETTINGS`] is the single list of variables. Each is parsed through `Reader`, which looks its row up there, so a
+//! [`SETTINGS`] and [`LENIENT`] are the lists of variables. Each is read through `Reader`, which looks its row up there, so a
 //! variable without a row cannot be read, and docs/configuration.md is printed from the same rows ([`reference()`]).
 
 use super::{syntax as s, *};
@@ -76,12 +76,12 @@ pub struct Parsed {
 
 macro_rules! settings {
     ($($name:literal, $syntax:literal, $default:literal, $doc:literal;)*) => {
-        /// Every variable that is read, in the order of contract.md.
-        pub const SETTINGS: &[Setting] = &[$(Setting { name: $name, syntax: $syntax, default: $default, doc: $doc }),*];
+        &[$(Setting { name: $name, syntax: $syntax, default: $default, doc: $doc }),*]
     };
 }
 
-settings! {
+/// Every variable whose bad values stop the proxy, in the order of contract.md.
+pub const SETTINGS: &[Setting] = settings! {
     "LINKERD2_PROXY_INBOUND_LISTEN_ADDR", "ip:port", "0.0.0.0:4143", "Inbound listener; its port is also the port for direct connections from other proxies.";
     "LINKERD2_PROXY_OUTBOUND_LISTEN_ADDRS", "one or two ip:port", "unset", "Outbound listeners; wins over the next variable.";
     "LINKERD2_PROXY_OUTBOUND_LISTEN_ADDR", "ip:port", "127.0.0.1:4140", "Outbound listener, the older form.";
@@ -191,35 +191,100 @@ settings! {
     "LINKERD2_PROXY_OUTBOUND_DETECT_TIMEOUT", "duration", "10s", "Wait for HTTP or a ClientHello on outbound connections.";
     "LINKERD2_PROXY_DNS_MIN_TTL", "duration", "none", "Shortest TTL believed.";
     "LINKERD2_PROXY_DNS_MAX_TTL", "duration", "none", "Longest TTL believed.";
-}
+};
 
-/// Read outside this table (by the log, the runtime and the tracing code), where a bad value never stops the proxy;
-/// or set by the injector for others. Known, so that no warning is printed for them.
-const KNOWN_ELSEWHERE: &[&str] = &[
-    "LINKERD2_PROXY_LOG",
-    "LINKERD2_PROXY_LOG_FORMAT",
-    "LINKERD2_PROXY_ACCESS_LOG",
-    "LINKERD2_PROXY_CORES",
-    "LINKERD2_PROXY_CORES_MIN",
-    "LINKERD2_PROXY_CORES_MAX",
-    "LINKERD2_PROXY_CORES_MAX_RATIO",
-    TRACE_SERVICE_NAME,
-    TRACE_ATTRIBUTES_PATH,
-    TRACE_EXTRA_ATTRIBUTES,
-    "LINKERD2_PROXY_TRACE_PROTOCOL",
-    "LINKERD2_PROXY_TRACE_ANNOTATIONS_PATH",
+/// Every variable whose bad values never do: the log's, the runtime's, and what is said of the workload in traces.
+pub const LENIENT: &[Setting] = settings! {
+    "LINKERD2_PROXY_LOG", "filter directives", "warn,linkerd=info,hickory=error", "Log filter, which `/proxy-log-level` replaces; `off` disables logging for good.";
+    "LINKERD2_PROXY_LOG_FORMAT", "json or plain", "plain", "Log format.";
+    "LINKERD2_PROXY_ACCESS_LOG", "apache or json", "off", "Access log of inbound requests, on stderr.";
+    "LINKERD2_PROXY_CORES_MIN", "integer above 0", "value of the next", "Least worker threads.";
+    "LINKERD2_PROXY_CORES", "integer above 0", "1", "Older name of the previous.";
+    "LINKERD2_PROXY_CORES_MAX", "integer above 0", "unset", "Wanted worker threads.";
+    "LINKERD2_PROXY_CORES_MAX_RATIO", "float above 0, at most 1", "unset", "Wanted share of the CPUs, if the previous is unset.";
+    "LINKERD2_PROXY_TRACE_SERVICE_NAME", "string", "unset", "`service.name` of the spans.";
+    "LINKERD2_PROXY_TRACE_ATTRIBUTES_PATH", "path", "unset", "File of `key=value` lines, read once: attributes of the spans' resource.";
+    "LINKERD2_PROXY_TRACE_EXTRA_ATTRIBUTES", "key=value lines", "unset", "More of them.";
+    "OTEL_RESOURCE_ATTRIBUTES", "key=value lines or comma list", "unset", "More of them; the last of all that have one key wins.";
+    "HOSTNAME", "string", "empty", "`host.name` of the spans.";
+};
+
+/// Set by Linkerd's injector and read by nobody (contract.md 1.18), and what holds instead. Who set one of the first two
+/// wanted something, and is warned; the others come with every pod whose traces are collected.
+const NO_EFFECT: &[(&str, &str)] = &[
+    ("LINKERD2_PROXY_INBOUND_PORTS_REQUIRE_IDENTITY", POLICY_ENFORCES),
+    ("LINKERD2_PROXY_INBOUND_PORTS_REQUIRE_TLS", POLICY_ENFORCES),
+    ("LINKERD2_PROXY_TRACE_PROTOCOL", "spans are always sent as OTLP"),
+    ("LINKERD2_PROXY_TRACE_ANNOTATIONS_PATH", "labels are read, by LINKERD2_PROXY_TRACE_ATTRIBUTES_PATH"),
+];
+const POLICY_ENFORCES: &str = "the policy controller enforces it";
+
+/// Beginnings of the settings that `run --manifests` has no use for.
+const LINKERD_ONLY: &[&str] = &[
+    "LINKERD2_PROXY_DESTINATION_SVC_",
+    "LINKERD2_PROXY_DESTINATION_CONTEXT",
+    "LINKERD2_PROXY_DESTINATION_PROFILE_NETWORKS",
+    "LINKERD2_PROXY_POLICY_SVC_",
+    "LINKERD2_PROXY_POLICY_WORKLOAD",
+    "LINKERD2_PROXY_CONTROL_STREAM_",
+    "LINKERD2_PROXY_IDENTITY_",
+    "LINKERD2_PROXY_LINKERD2_PROXY_IDENTITY_",
 ];
 
-const TRACE_SERVICE_NAME: &str = "LINKERD2_PROXY_TRACE_SERVICE_NAME";
-const TRACE_ATTRIBUTES_PATH: &str = "LINKERD2_PROXY_TRACE_ATTRIBUTES_PATH";
-const TRACE_EXTRA_ATTRIBUTES: &str = "LINKERD2_PROXY_TRACE_EXTRA_ATTRIBUTES";
-
-/// Set by the injector; enforced by policy alone (contract.md 1.18).
-const NO_EFFECT: &[&str] =
-    &["LINKERD2_PROXY_INBOUND_PORTS_REQUIRE_IDENTITY", "LINKERD2_PROXY_INBOUND_PORTS_REQUIRE_TLS"];
+/// Settings of certification, which SPIRE has no use for.
+const CERTIFY_ONLY: &[&str] = &[
+    "LINKERD2_PROXY_IDENTITY_DIR",
+    "LINKERD2_PROXY_IDENTITY_TOKEN_FILE",
+    "LINKERD2_PROXY_IDENTITY_SVC_ADDR",
+    "LINKERD2_PROXY_IDENTITY_SVC_NAME",
+    "LINKERD2_PROXY_IDENTITY_MIN_REFRESH",
+    "LINKERD2_PROXY_IDENTITY_MAX_REFRESH",
+];
 
 static ROWS: LazyLock<HashMap<&'static str, &'static Setting>> =
-    LazyLock::new(|| SETTINGS.iter().map(|row| (row.name, row)).collect());
+    LazyLock::new(|| SETTINGS.iter().chain(LENIENT).map(|row| (row.name, row)).collect());
+
+/// What is needed before anything else: how to log, and on how many threads to run.
+#[derive(Debug)]
+pub struct Process {
+    /// Log filter.
+    pub log: Option<String>,
+    /// Log format.
+    pub log_format: String,
+    /// Access log format; none = off.
+    pub access_log: Option<String>,
+    /// Least worker threads.
+    pub cores_min: usize,
+    /// Wanted worker threads.
+    pub cores_max: Option<usize>,
+    /// Wanted share of the CPUs, if the number is unset.
+    pub cores_ratio: Option<f64>,
+    /// Values that are ignored.
+    pub warnings: Vec<String>,
+}
+
+/// Reads what can't fail.
+pub fn process(lookup: &dyn Fn(&str) -> Option<OsString>) -> Process {
+    let mut env = Reader { lookup, faults: Vec::new(), warnings: Vec::new(), class: None };
+    let count = |text: &str| match s::integer::<usize>(text)? {
+        0 => Err("expected a whole number above 0".to_string()),
+        n => Ok(n),
+    };
+    let ratio = |text: &str| match s::float(text, 0.0, 1.0) {
+        Ok(ratio) if ratio > 0.0 => Ok(ratio),
+        _ => Err("expected a number above 0 and at most 1".to_string()),
+    };
+    let min = env.tolerated("LINKERD2_PROXY_CORES_MIN", count);
+    Process {
+        log: env.lenient("LINKERD2_PROXY_LOG"),
+        log_format: env.lenient("LINKERD2_PROXY_LOG_FORMAT").unwrap_or_default(),
+        access_log: env.lenient("LINKERD2_PROXY_ACCESS_LOG"),
+        cores_min: min.or_else(|| env.tolerated("LINKERD2_PROXY_CORES", count)).unwrap_or(1),
+        cores_max: env.tolerated("LINKERD2_PROXY_CORES_MAX", count),
+        cores_ratio: env.tolerated("LINKERD2_PROXY_CORES_MAX_RATIO", ratio),
+        warnings: env.warnings,
+    }
+}
 
 /// Reads the configuration. `lookup` yields a variable's raw value, `names` every variable that is set.
 ///
@@ -232,20 +297,29 @@ pub fn parse(
 ) -> Result<Parsed, Invalid> {
     let mut env = Reader { lookup, faults: Vec::new(), warnings: Vec::new(), class: None };
     let config = config(&mut env, mode);
-    for name in names {
-        if NO_EFFECT.contains(&&*name) {
-            env.warnings.push(format!("{name} has no effect: the policy controller enforces it"));
-        } else if name.starts_with("LINKERD2_PROXY_")
-            && !ROWS.contains_key(&*name)
-            && !KNOWN_ELSEWHERE.contains(&&*name)
-        {
-            env.warnings.push(format!("{name} is not a setting of this proxy and is ignored"));
-        }
-    }
+    let issuer = config.as_ref().and_then(|config| config.identity.as_ref()).map(|identity| &identity.issuer);
+    let by_spire = matches!(issuer, Some(Issuer::Spire { .. }));
+    env.warnings.extend(names.into_iter().filter_map(|name| without_effect(&name, mode, by_spire)));
     match config {
         Some(config) if env.faults.is_empty() => Ok(Parsed { config, warnings: env.warnings }),
         _ => Err(Invalid { class: env.class.unwrap_or(Class::InvalidVariable), faults: env.faults }),
     }
+}
+
+/// A word about a variable that is set in vain.
+fn without_effect(name: &str, mode: Mode, by_spire: bool) -> Option<String> {
+    let because = |why: &str| Some(format!("{name} has no effect: {why}"));
+    if let Some((_, why)) = NO_EFFECT.iter().find(|(known, _)| *known == name) {
+        return if *why == POLICY_ENFORCES { because(why) } else { None };
+    }
+    if matches!(mode, Mode::Standalone { .. }) && LINKERD_ONLY.iter().any(|start| name.starts_with(start)) {
+        return because("the manifests and the command line say it");
+    }
+    if by_spire && CERTIFY_ONLY.contains(&name) {
+        return because("certificates come from the SPIRE agent");
+    }
+    let unknown = name.starts_with("LINKERD2_PROXY_") && !ROWS.contains_key(name);
+    unknown.then(|| format!("{name} is not a setting of this proxy and is ignored"))
 }
 
 /// The reference page, docs/configuration.md.
@@ -259,25 +333,28 @@ pub fn reference() -> String {
          Durations are a whole number and one of `ms`, `s`, `m`, `h`, `d`, for instance `10s`.\n\n\
          | variable | syntax | default | meaning |\n|---|---|---|---|\n",
     );
-    for Setting { name, syntax, default, doc } in SETTINGS {
-        page.push_str(&format!("| `{name}` | {syntax} | {default} | {doc} |\n"));
-    }
+    let rows = |page: &mut String, settings: &[Setting]| {
+        for Setting { name, syntax, default, doc } in settings {
+            page.push_str(&format!("| `{name}` | {syntax} | {default} | {doc} |\n"));
+        }
+    };
+    rows(&mut page, SETTINGS);
     page.push_str(
-        "\n## Read by the log and the runtime\n\n\
-         Bad values of these never stop the proxy.\n\n\
-         | variable | default | meaning |\n|---|---|---|\n\
-         | `LINKERD2_PROXY_LOG` | `warn,linkerd=info,hickory=error` | log filter; `off` disables logging for good |\n\
-         | `LINKERD2_PROXY_LOG_FORMAT` | `PLAIN` | `json` or plain |\n\
-         | `LINKERD2_PROXY_ACCESS_LOG` | off | `apache` or `json` |\n\
-         | `LINKERD2_PROXY_CORES_MIN`, `LINKERD2_PROXY_CORES` | 1 | least worker threads |\n\
-         | `LINKERD2_PROXY_CORES_MAX` | unset | wanted worker threads |\n\
-         | `LINKERD2_PROXY_CORES_MAX_RATIO` | unset | wanted share of the CPUs |\n\
-         | `LINKERD2_PROXY_TRACE_SERVICE_NAME` | unset | `service.name` of the spans |\n\
-         | `LINKERD2_PROXY_TRACE_ATTRIBUTES_PATH` | unset | file of `key=value` lines, read once: attributes of the spans' resource |\n\
-         | `LINKERD2_PROXY_TRACE_EXTRA_ATTRIBUTES` | unset | more of them, `key=value` lines |\n\
-         | `OTEL_RESOURCE_ATTRIBUTES` | unset | more of them, `key=value` lines or a comma list; the last of all that have one key wins |\n\
-         | `HOSTNAME` | empty | `host.name` of the spans |\n",
+        "\n## Never a reason to stop\n\n\
+         Read by the log, the runtime and tracing. A bad value is ignored, with a word in the log.\n\n\
+         | variable | syntax | default | meaning |\n|---|---|---|---|\n",
     );
+    rows(&mut page, LENIENT);
+    page.push_str(
+        "\n## Without effect\n\n\
+         Accepted, because Linkerd's injector sets them. A warning tells of the first two, and of every other variable\n\
+         that begins with `LINKERD2_PROXY_` and is not on this page. So it does of settings that the mode has no use for:\n\
+         with `run --manifests` those of the control plane and of identity, with SPIRE those of certification.\n\n\
+         | variable | instead |\n|---|---|\n",
+    );
+    for (name, instead) in NO_EFFECT {
+        page.push_str(&format!("| `{name}` | {instead} |\n"));
+    }
     page
 }
 
@@ -330,8 +407,15 @@ impl Reader<'_> {
     }
 
     /// The text of a variable whose bad values never stop the proxy: what is no Unicode counts as unset.
-    fn lenient(&self, name: &str) -> Option<String> {
+    fn lenient(&self, name: &'static str) -> Option<String> {
+        debug_assert!(ROWS.contains_key(name), "{name} has no row in LENIENT");
         (self.lookup)(name)?.into_string().ok()
+    }
+
+    /// The value of such a variable; a bad one is ignored with a warning.
+    fn tolerated<T>(&mut self, name: &'static str, parse: impl FnOnce(&str) -> Result<T, s::Expected>) -> Option<T> {
+        let text = self.lenient(name)?;
+        parse(&text).map_err(|why| self.warnings.push(format!("{name}={text:?} is ignored: {why}"))).ok()
     }
 
     fn class(&mut self, class: Class) {
@@ -787,10 +871,10 @@ fn traces(env: &mut Reader<'_>) -> Option<Traces> {
     let otel = env.lenient("OTEL_RESOURCE_ATTRIBUTES").map(|text| s::otel_attributes(&text));
     Some(Traces {
         collector,
-        service_name: env.lenient(TRACE_SERVICE_NAME),
-        attributes_path: env.lenient(TRACE_ATTRIBUTES_PATH).map(PathBuf::from),
+        service_name: env.lenient("LINKERD2_PROXY_TRACE_SERVICE_NAME"),
+        attributes_path: env.lenient("LINKERD2_PROXY_TRACE_ATTRIBUTES_PATH").map(PathBuf::from),
         attributes: env
-            .lenient(TRACE_EXTRA_ATTRIBUTES)
+            .lenient("LINKERD2_PROXY_TRACE_EXTRA_ATTRIBUTES")
             .iter()
             .flat_map(|text| text.lines().map(str::to_string))
             .chain(otel.unwrap_or_default())
@@ -1033,6 +1117,8 @@ mod tests {
         assert!(
             matches!(identity.issuer, Issuer::Spire { socket, .. } if socket.to_str() == Some("///run/agent.sock"))
         );
+        let warnings = read(&spire, Mode::Linkerd).expect("valid").warnings;
+        assert!(warnings.iter().any(|w| w.contains("TOKEN_FILE has no effect")), "{warnings:?}");
         let mut bad = spire.to_vec();
         bad[1].1 = "web.local";
         assert_eq!(faults(&bad), ["LINKERD2_PROXY_IDENTITY_SERVER_ID"]);
@@ -1052,21 +1138,43 @@ mod tests {
         for name in ["KEEP_ALIVE_INTERVAL", "REQUIRE_TLS", "LINKERD2_PROXY_TYPO"] {
             assert!(parsed.warnings.iter().any(|w| w.contains(name)), "{name}: {:?}", parsed.warnings);
         }
+        let control =
+            [("LINKERD2_PROXY_POLICY_SVC_ADDR", "nowhere"), ("LINKERD2_PROXY_TRACE_PROTOCOL", "opentelemetry")];
+        let warnings = read(&control, Mode::Standalone { explicit: true }).expect("valid").warnings;
+        assert!(matches!(&warnings[..], [w] if w.contains("POLICY_SVC_ADDR has no effect")), "{warnings:?}");
+    }
+
+    #[test]
+    fn what_the_process_needs_first_cannot_fail() {
+        let read = |vars: &[(&str, &str)]| {
+            let value = |name: &str| vars.iter().find(|(k, _)| *k == name).map(|(_, v)| OsString::from(v));
+            process(&value)
+        };
+        let nothing = read(&[]);
+        assert_eq!((nothing.log, nothing.cores_min, nothing.cores_max), (None, 1, None));
+        let old = read(&[("LINKERD2_PROXY_CORES", "3"), ("LINKERD2_PROXY_CORES_MIN", "none")]);
+        assert_eq!((old.cores_min, old.warnings.len()), (3, 1));
+        let ratio = |text: &str| read(&[("LINKERD2_PROXY_CORES_MAX_RATIO", text)]).cores_ratio;
+        assert_eq!(["0.5", "1", "0", "1.5", "x", "NaN"].map(ratio), [Some(0.5), Some(1.0), None, None, None, None]);
+        let zero = read(&[("LINKERD2_PROXY_CORES_MAX", "0"), ("LINKERD2_PROXY_LOG", "off")]);
+        assert_eq!((zero.cores_max, zero.log.as_deref()), (None, Some("off")));
     }
 
     #[test]
     fn a_collector_turns_tracing_on() {
         const ADDR: &str = "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_ADDR";
         const NAME: &str = "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_NAME";
-        assert!(good(&[(TRACE_SERVICE_NAME, "web"), ("OTEL_RESOURCE_ATTRIBUTES", "a=b")]).traces.is_none());
+        assert!(
+            good(&[("LINKERD2_PROXY_TRACE_SERVICE_NAME", "web"), ("OTEL_RESOURCE_ATTRIBUTES", "a=b")]).traces.is_none()
+        );
         assert_eq!(faults(&[(ADDR, "collector:4317")]), [NAME]);
         assert_eq!(faults(&[(NAME, "collector.id")]), [ADDR]);
         assert_eq!(faults(&[(ADDR, "collector")]), [ADDR]);
         let traces = good(&[
             (ADDR, "collector:4317"),
             (NAME, "collector.id"),
-            (TRACE_SERVICE_NAME, "web"),
-            (TRACE_EXTRA_ATTRIBUTES, "a=1\nb=2"),
+            ("LINKERD2_PROXY_TRACE_SERVICE_NAME", "web"),
+            ("LINKERD2_PROXY_TRACE_EXTRA_ATTRIBUTES", "a=1\nb=2"),
             ("OTEL_RESOURCE_ATTRIBUTES", "c=3,d=4"),
             ("HOSTNAME", "web-0"),
         ])

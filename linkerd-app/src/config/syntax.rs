@@ -254,6 +254,30 @@ mod tests {
     }
 
     #[test]
+    fn dns_names_and_identities() {
+        let name = |s: &str| s.parse::<ServerName>().expect("a DNS name");
+        let (label, long) = ("x".repeat(63), format!("{0}.{0}.{0}.{1}", "x".repeat(63), "y".repeat(61)));
+        check(
+            dns_name,
+            &[
+                ("a", name("a")),
+                ("A_b-1.C.", name("a_b-1.c")),
+                ("1.a", name("1.a")),
+                (&label, name(&label)),
+                (&long, name(&long)),
+            ],
+            &["", ".", "*.a", "-a", "a-", "a..b", "1.2.3.4", "a.1", "a b", "::1", &"x".repeat(64), &format!("{long}z")],
+        );
+        let id = |s: &str| s.parse::<linkerd_tls::Id>().map_err(|e| e.to_string());
+        let good = |s: &str| id(s).expect("an identity");
+        check(
+            id,
+            &[("A.b", good("a.b")), ("spiffe://root/web", good("spiffe://root/web"))],
+            &["a.b.", "", "spiffe:", "/path", "a b"],
+        );
+    }
+
+    #[test]
     fn port_sets() {
         let set = |ports: &[u16]| ports.iter().copied().collect::<BTreeSet<_>>();
         check(

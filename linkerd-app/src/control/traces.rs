@@ -84,7 +84,8 @@ impl Exporter {
                 return;
             }
             batches.last = Some(Instant::now());
-            match export(&mut grpc, Request::new(resource.clone(), batch.clone()), metrics).await {
+            let spans = batch.len() as u64;
+            match export(&mut grpc, Request::new(resource.clone(), batch), metrics).await {
                 Ok(response) => {
                     let (rejected, why) = response.rejected().unwrap_or_default();
                     if rejected > 0 {
@@ -95,12 +96,12 @@ impl Exporter {
                         metrics.streams.inc();
                     }
                     failing = false;
-                    metrics.spans.add((batch.len() as u64).saturating_sub(rejected));
+                    metrics.spans.add(spans.saturating_sub(rejected));
                     metrics.dropped.add(rejected);
                 }
                 Err(status) => {
-                    metrics.dropped.add(batch.len() as u64);
-                    let (spans, error) = (batch.len(), stream::describe(&status));
+                    metrics.dropped.add(spans);
+                    let error = stream::describe(&status);
                     // Loud once per outage.
                     if failing {
                         tracing::debug!(spans, error, "Spans are lost");

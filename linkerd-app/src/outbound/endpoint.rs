@@ -19,6 +19,7 @@ use crate::{
         client,
         endpoint::{Endpoint, Http2Params, ProtocolHint},
     },
+    tap::{self, About, Source},
     telemetry::{Class, Direction, EndpointLabels, EndpointMetrics, trace::SpanKind},
 };
 use http::{HeaderName, HeaderValue, Request, Response, Version, header::HOST, uri::Authority};
@@ -64,6 +65,7 @@ pub(super) struct HttpEndpoint {
     /// HTTP/1 requests are carried over HTTP/2.
     upgrade: bool,
     context: Arc<str>,
+    endpoint: Endpoint,
     kind: Kind,
 }
 
@@ -97,7 +99,8 @@ impl HttpEndpoint {
             .filter(|_| !local)
             .and_then(|text| Some((Authority::try_from(text).ok()?, HeaderValue::try_from(text).ok()?)));
         let context = format!("endpoint {}", endpoint.addr).into();
-        Self { client, connector, metrics, breaker, ready, authority, upgrade, context, kind: kind.clone() }
+        let (endpoint, kind) = (endpoint.clone(), kind.clone());
+        Self { client, connector, metrics, breaker, ready, authority, upgrade, context, endpoint, kind }
     }
 
     /// Whether it can take requests.
@@ -142,6 +145,7 @@ impl HttpEndpoint {
         self.require_id(&mut req)?;
         self.override_authority(&mut req)?;
         let rule = classify::Rule::of(req.headers(), self.kind.grpc);
+        let tapped = self.kind.rt.telemetry.taps().request(&req, || self.about(&req));
         let carried =
             if self.upgrade && orig_proto::may_upgrade(&req) { orig_proto::upgrade_request(&mut req) } else { None };
         let span = self.kind.rt.telemetry.tracer().begin(Direction::Outbound, SpanKind::Client, &mut req);
@@ -162,13 +166,14 @@ impl HttpEndpoint {
                 if close && self.kind.forward {
                     rsp.extensions_mut().insert(CloseConnection);
                 }
-                rsp.map(Tracked::new)
+                tap::response(tapped, rsp).map(Tracked::new)
             }
             Err(error) => {
                 let error = send_error(error).context(self.context.clone());
                 let asked = Asked { orig_proto: asked.orig_proto || carried.is_some(), ..*asked };
                 if !is_endpoint_level(error.cause(), &asked) {
                     self.metrics.response(None, Class::error(error.cause()));
+                    tap::failed(tapped, error.cause());
                     // A client that goes away says nothing about the endpoint.
                     if let Some(permit) = permit.filter(|_| *error.cause() != Cause::Canceled) {
                         permit.resolve(breaker::Outcome::Failure);
@@ -176,7 +181,8 @@ impl HttpEndpoint {
                     return Err(error);
                 }
                 tracing::debug!(%error, "endpoint failed");
-                let mut rsp = self.kind.rt.rescue.response(&error, &asked).map(|()| Tracked::new(Body::empty()));
+                let rsp = self.kind.rt.rescue.response(&error, &asked);
+                let mut rsp = tap::response(tapped, rsp).map(Tracked::new);
                 rsp.extensions_mut().insert(Unanswered(error));
                 rsp
             }
@@ -209,6 +215,13 @@ impl HttpEndpoint {
         };
         Tracked::hook_endpoint(&mut rsp, hook);
         Ok(rsp)
+    }
+
+    fn about(&self, req: &Request<Body>) -> About {
+        let source = req.extensions().get::<Source>().map(|Source(client)| *client);
+        let tls = self.connector.server_id();
+        About::outbound(source, self.endpoint.addr, tls, self.endpoint.meta.labels.iter())
+            .on_route(req.extensions().get::<tap::Route>().map(|tap::Route(labels)| &**labels))
     }
 
     fn require_id(&self, req: &mut Request<Body>) -> Result<(), Error> {

@@ -14,6 +14,7 @@ use crate::{
         rescue::{Close, Rescue},
     },
     policy::Target,
+    tap,
     telemetry::{Direction, Telemetry, termination::Phase, trace::SpanKind},
 };
 use http::{HeaderName, Method, Request, Response, StatusCode, header::HOST, uri::Authority};
@@ -37,6 +38,7 @@ pub(super) struct Edge(Arc<Inner>);
 
 struct Inner {
     rt: Arc<Runtime>,
+    client: SocketAddr,
     routing: Routing,
 }
 
@@ -76,13 +78,16 @@ impl Named {
 }
 
 impl Edge {
-    pub(super) fn new(rt: Arc<Runtime>, routing: Routing) -> Self {
-        Self(Arc::new(Inner { rt, routing }))
+    pub(super) fn new(rt: Arc<Runtime>, client: SocketAddr, routing: Routing) -> Self {
+        Self(Arc::new(Inner { rt, client, routing }))
     }
 
     async fn answer(self, mut req: Request<Body>) -> Result<Response<Body>, Reset> {
-        let Inner { rt, routing } = &*self.0;
+        let Inner { rt, client, routing } = &*self.0;
         let asked = Asked::of(&req);
+        if rt.telemetry.taps().any() {
+            req.extensions_mut().insert(tap::Source(*client));
+        }
         let span = rt.telemetry.tracer().begin(Direction::Outbound, SpanKind::Server, &mut req);
         let mut cancellation = Cancellation { telemetry: &rt.telemetry, armed: true };
         // Until response headers; written out, because a future handed on is stored twice.

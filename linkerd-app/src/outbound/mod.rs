@@ -23,7 +23,7 @@ use self::{
     discover::{Discover, Found},
     http::{Edge, Named, Routing},
     opaque::Client,
-    protocol::Spoken,
+    protocol::{Early, Ingress, Spoken},
 };
 use crate::{
     config,
@@ -153,7 +153,7 @@ impl Outbound {
                 return;
             }
         };
-        if let Err(error) = self.run(accepted.io, target, drain).await {
+        if let Err(error) = self.run(accepted.io, client, target, drain).await {
             let at = target.unwrap_or(local);
             if *error.cause() == Cause::Canceled {
                 tracing::debug!(%client, target = %at, "client closed without a word");
@@ -172,33 +172,33 @@ impl Outbound {
 
     /// A connection meets, first to last: metrics, discover, protocol, and then http, tls or opaque, which go on through
     /// logical (routes), concrete (backend) and endpoint to connect.
-    async fn run(&self, mut io: TcpStream, target: Option<SocketAddr>, drain: drain::Watch) -> Result<(), Error> {
+    async fn run(
+        &self,
+        mut io: TcpStream,
+        client: SocketAddr,
+        target: Option<SocketAddr>,
+        drain: drain::Watch,
+    ) -> Result<(), Error> {
         let counted = Metered::new((), self.accepted(target));
-        let Some(target) = target else { return self.explicit(io, counted, drain).await };
+        let Some(target) = target else { return self.explicit(io, client, counted, drain).await };
         if self.rt.config.ingress_mode {
-            return self.ingress(io, counted, target, drain).await;
+            return self.ingress(io, client, counted, target, drain).await;
         }
         let found = match self.discover.find(Target::Addr(target)).await {
             Ok(found) => found,
-            Err(error) => return self.unknown(io, counted, error, drain).await,
+            Err(error) => return self.unknown(io, client, counted, error, drain).await,
         };
         let spoken = protocol::decide(&self.rt, &found, &mut io).await;
         match spoken.map_err(|error| error.during(Phase::Detect))? {
             Spoken::Http(version, read) => {
                 let routing = Routing::Fixed(Arc::new(found));
-                self.http(version, counted.around(PrefixedIo::new(read, io)), routing, drain).await
+                self.http(version, counted.around(PrefixedIo::new(read, io)), client, routing, drain).await
             }
             Spoken::Tls(sni, read) => {
                 let route = found.tcp().get().route(Some(&sni))?;
                 route.forward(Client::Tcp(io, read, counted), None, Some(&sni)).await
             }
-            Spoken::Opaque(read, Some((route, opened, speech))) => {
-                route.forward(Client::Tcp(io, read, counted), Some((opened, speech)), None).await
-            }
-            Spoken::Opaque(read, None) => {
-                let route = found.tcp().get().route(None)?;
-                route.forward(Client::Tcp(io, read, counted), None, None).await
-            }
+            Spoken::Opaque(read, early) => opaque(&found, Client::Tcp(io, read, counted), early).await,
         }
     }
 
@@ -207,13 +207,15 @@ impl Outbound {
     async fn unknown(
         &self,
         mut io: TcpStream,
+        client: SocketAddr,
         counted: Metered<(), ConnMetrics>,
         error: Error,
         drain: drain::Watch,
     ) -> Result<(), Error> {
         match protocol::http(UNKNOWN_DETECT.min(self.rt.config.detect_timeout), &mut io).await {
             Ok((Some(version), read)) => {
-                self.http(version, counted.around(PrefixedIo::new(read, io)), Routing::Unknown(error), drain).await
+                self.http(version, counted.around(PrefixedIo::new(read, io)), client, Routing::Unknown(error), drain)
+                    .await
             }
             Ok((None, _)) | Err(_) => Err(error),
         }
@@ -224,10 +226,11 @@ impl Outbound {
         &self,
         version: Version,
         io: Metered<PrefixedIo<TcpStream>, ConnMetrics>,
+        client: SocketAddr,
         routing: Routing,
         drain: drain::Watch,
     ) -> Result<(), Error> {
-        let edge = Edge::new(self.rt.clone(), routing);
+        let edge = Edge::new(self.rt.clone(), client, routing);
         if let Err(error) = serve(&self.rt.server, version, io, edge, drain).await {
             // The requests' own failures have been told and counted; what is left is the client's.
             tracing::debug!(%error, "HTTP connection ended");
@@ -239,6 +242,7 @@ impl Outbound {
     async fn explicit(
         &self,
         mut io: TcpStream,
+        client: SocketAddr,
         counted: Metered<(), ConnMetrics>,
         drain: drain::Watch,
     ) -> Result<(), Error> {
@@ -249,27 +253,25 @@ impl Outbound {
             return Err(Cause::BadRequest(why.into()).into());
         };
         let routing = Routing::Explicit(Named::new(self.discover.clone()));
-        self.http(version, counted.around(PrefixedIo::new(read, io)), routing, drain).await
+        self.http(version, counted.around(PrefixedIo::new(read, io)), client, routing, drain).await
     }
 
     /// Ingress mode (behaviour.md D.15): always HTTP if it looks so, else opaque by the original destination.
     async fn ingress(
         &self,
         mut io: TcpStream,
+        client: SocketAddr,
         counted: Metered<(), ConnMetrics>,
         target: SocketAddr,
         drain: drain::Watch,
     ) -> Result<(), Error> {
-        match protocol::http(self.rt.config.detect_timeout, &mut io).await? {
-            (Some(version), read) => {
+        let find = self.discover.find(Target::Addr(target));
+        match protocol::ingress(&self.rt, find, &mut io).await? {
+            Ingress::Http(version, read) => {
                 let routing = Routing::Ingress(Named::new(self.discover.clone()), Target::Addr(target));
-                self.http(version, counted.around(PrefixedIo::new(read, io)), routing, drain).await
+                self.http(version, counted.around(PrefixedIo::new(read, io)), client, routing, drain).await
             }
-            (None, read) => {
-                let found = self.discover.find(Target::Addr(target)).await?;
-                let route = found.tcp().get().route(None)?;
-                route.forward(Client::Tcp(io, read, counted), None, None).await
-            }
+            Ingress::Opaque(found, read, early) => opaque(&found, Client::Tcp(io, read, counted), early).await,
         }
     }
 
@@ -308,8 +310,7 @@ impl Outbound {
     /// When the target is not found or refuses, or either side breaks.
     pub async fn opaque_for(&self, target: Target, io: BoxedIo) -> Result<(), Error> {
         let found = self.discover.find(target).await?;
-        let route = found.tcp().get().route(None)?;
-        route.forward(Client::Other(io), None, None).await
+        opaque(&found, Client::Other(io), None).await
     }
 }
 
@@ -321,6 +322,14 @@ impl gateway::Outbound for Outbound {
     fn opaque(&self, target: Target, io: BoxedIo) -> futures_util::future::BoxFuture<'static, Result<(), Error>> {
         let this = self.clone();
         Box::pin(async move { this.opaque_for(target, io).await })
+    }
+}
+
+/// Forwards a connection, over what was opened for it already if anything was.
+async fn opaque(found: &Found, client: Client, early: Option<Early>) -> Result<(), Error> {
+    match early {
+        Some((route, opened, speech)) => route.forward(client, Some((opened, speech)), None).await,
+        None => found.tcp().get().route(None)?.forward(client, None, None).await,
     }
 }
 

@@ -22,6 +22,7 @@ use crate::{
         client::Session,
         route::{Filter, Ratio},
     },
+    tap,
     telemetry::{BackendMetrics, Ended, ProfileRouteMetrics, RouteKind, RouteLabels, RouteMetrics},
 };
 use http::{HeaderName, HeaderValue, Request, Response, Version};
@@ -95,6 +96,8 @@ pub(super) struct ProfileRule {
     pub(super) retryable: bool,
     /// `l5d-dst-canonical`.
     pub(super) canonical: Option<HeaderValue>,
+    /// What those who tap are told of the route.
+    pub(super) labels: tap::Route,
 }
 
 /// A backend of a rule.
@@ -166,6 +169,9 @@ impl Rule {
             profile.metrics.logical.request();
             if let Some(canonical) = &profile.canonical {
                 req.headers_mut().insert(L5D_DST_CANONICAL, canonical.clone());
+            }
+            if self.rt.telemetry.taps().any() {
+                req.extensions_mut().insert(profile.labels.clone());
             }
         }
         let judge = match &self.metrics {

@@ -564,11 +564,11 @@ async fn mirrors_get_a_copy_and_delay_nobody() {
 async fn connect(w: &World, target: Option<SocketAddr>) -> TcpStream {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-    let (io, _) = listener.accept().await.unwrap();
+    let (io, from) = listener.accept().await.unwrap();
     let outbound = w.outbound.clone();
     tokio::spawn(async move {
         let (_signal, drain) = drain::channel();
-        let _ = outbound.run(io, target, drain).await;
+        let _ = outbound.run(io, from, target, drain).await;
     });
     client
 }
@@ -862,7 +862,7 @@ async fn requests_in_flight_are_small() {
     let w = world();
     w.script.set_policy(name("web"), policy(vec![to("a")]));
     let found = Arc::new(w.outbound.discover.find(name("web")).await.ok().unwrap());
-    let mut edge = Edge::new(w.outbound.rt.clone(), Routing::Fixed(found));
+    let mut edge = Edge::new(w.outbound.rt.clone(), ([127, 0, 0, 1], 4000).into(), Routing::Fixed(found));
     let size = size_of_val(&*tower::Service::call(&mut edge, get("/")));
     assert!(size <= 12 * 1024, "{size} bytes");
 }

@@ -31,7 +31,7 @@ pub(super) const OPAQUE_PORTS: &str = "config.linkerd.io/opaque-ports";
 /// [`MAX_RETRY_BODY`]. This key is ours.
 const RETRY_BYTES: &str = "retry.linkerd.io/max-request-bytes";
 /// On a Service, EgressNetwork or route: whether requests may say `l5d-timeout`, `l5d-retry-http` and the like (behaviour.md
-/// D.13); `false` when absent. This key is ours.
+/// D.13); when absent, the command line says. This key is ours.
 const REQUEST_HEADERS: &str = "retry.linkerd.io/request-headers";
 /// Most that a request may hold on to for another attempt: each of thousands in flight may.
 const MAX_RETRY_BODY: usize = 16 * 1024 * 1024;

@@ -68,8 +68,14 @@ impl<'a> Parent<'_, 'a> {
             refs => {
                 let list = refs.iter().filter(|r| r.weight > 0).map(|r| {
                     let filters = self.filters(&r.filters, key, route);
-                    let backend = self.backend(r, key, route).unwrap_or_else(|why| fail(&why));
-                    (RouteBackend { filters, backend }, r.weight)
+                    let backend = match unsupported(&filters) {
+                        Some(why) => RouteBackend { filters: Vec::new(), backend: fail(&why) },
+                        None => {
+                            let backend = self.backend(r, key, route).unwrap_or_else(|why| fail(&why));
+                            RouteBackend { filters, backend }
+                        }
+                    };
+                    (backend, r.weight)
                 });
                 distribute(list.collect()).unwrap_or_else(|| {
                     single(RouteBackend { filters: Vec::new(), backend: fail("all backends have weight 0") })
@@ -94,9 +100,13 @@ impl<'a> Parent<'_, 'a> {
             backends,
             timeouts: self.timeouts(route, rule),
             retry: retry.map(|retry| completed(retry, retry_bytes, traffic.0)),
-            allow_l5d_headers: route.tuning.request_headers.or(self.tuning.request_headers).unwrap_or(false),
+            allow_l5d_headers: route.tuning.request_headers.unwrap_or_else(|| self.request_headers()),
             session: session.map(|s| session_of(&s, key, index)),
         }
+    }
+
+    fn request_headers(&self) -> bool {
+        self.tuning.request_headers.unwrap_or(self.mesh.settings.l5d_headers)
     }
 
     fn timeouts(&self, route: &Manifest, rule: &ManifestRule) -> Timeouts {
@@ -228,7 +238,7 @@ impl<'a> Parent<'_, 'a> {
         Rule {
             timeouts: self.tuning.timeouts,
             retry: self.tuning.retry.clone().map(|retry| completed(retry, self.tuning.retry_bytes, budget)),
-            allow_l5d_headers: self.tuning.request_headers.unwrap_or(false),
+            allow_l5d_headers: self.request_headers(),
             session: session.map(|s| named_session(&s, &key)),
             ..Rule::to(single(RouteBackend { filters: Vec::new(), backend: self.default_backend() }))
         }
@@ -262,6 +272,14 @@ pub(super) fn service_meta(namespace: &str, name: &str, port: u16) -> Meta {
 
 fn route_meta(key: &Key) -> Meta {
     Meta::resource(key.kind.group(), key.kind.name(), &key.namespace, &key.name, None)
+}
+
+/// Why a backend with these filters is none, if it is so (resources.md 3.6).
+fn unsupported(filters: &[Filter]) -> Option<String> {
+    filters.iter().find_map(|filter| match filter {
+        Filter::Unknown { what } => Some(format!("the filter {what} is not supported")),
+        _ => None,
+    })
 }
 
 /// Balancing over the replicas of a Service port.

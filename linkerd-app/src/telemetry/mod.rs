@@ -20,6 +20,7 @@ mod metric;
 mod process;
 mod prom;
 mod route;
+mod runtime;
 mod store;
 mod tcp;
 pub mod termination;
@@ -62,6 +63,7 @@ use self::{
 use crate::{
     config,
     policy::{Meta, authz::NoTls},
+    tap::Taps,
 };
 use linkerd_tls::Id;
 use parking_lot::Mutex;
@@ -75,7 +77,7 @@ use std::{
     },
     time::Duration,
 };
-use tokio::time::Instant;
+use tokio::{runtime::RuntimeMetrics, time::Instant};
 
 /// Every family of the proxy. Clones are the same.
 #[derive(Clone)]
@@ -116,8 +118,10 @@ struct Inner {
     /// Inbound, outbound.
     replays: [Arc<Counter>; 2],
     tls_info: Arc<OnceLock<TlsInfo>>,
+    runtime: Arc<OnceLock<RuntimeMetrics>>,
     health: Arc<Health>,
     access_log_drops: Arc<Counter>,
+    taps: Taps,
     /// Of the newer dialect.
     registry: Registry,
     /// Bytes of the last scrape, so that the next one grows its buffer once.
@@ -186,6 +190,9 @@ impl Telemetry {
         collect(&mut registry, build_info);
         let tls = tls_info.clone();
         collect(&mut registry, move |out| tls.get().map_or(Ok(()), |tls| tls.encode(out)));
+        let runtime: Arc<OnceLock<RuntimeMetrics>> = Arc::default();
+        let of = runtime.clone();
+        collect(&mut registry, move |out| of.get().map_or(Ok(()), |metrics| runtime::encode(metrics, out)));
         let of = identity.clone();
         collect(&mut registry, move |out| of.encode(out));
         let of = dns.clone();
@@ -261,8 +268,10 @@ impl Telemetry {
             cut: AtomicBool::new(false),
             replays,
             tls_info,
+            runtime,
             health,
             access_log_drops,
+            taps: Taps::default(),
             registry: Registry::default(),
             last_size: AtomicUsize::new(0),
         };
@@ -301,6 +310,11 @@ impl Telemetry {
     /// Authorization, rate limits and errors of accepted inbound connections.
     pub fn inbound_server(&self, labels: ServerLabels) -> InboundServer {
         InboundServer::new(self.clone(), labels)
+    }
+
+    /// Those who watch requests pass.
+    pub fn taps(&self) -> &Taps {
+        &self.0.taps
     }
 
     /// Accepted inbound connections that failed before their policy was known.
@@ -458,6 +472,11 @@ impl Telemetry {
     /// Tells what the TLS library was built with. Later calls change nothing.
     pub fn set_tls_info(&self, info: TlsInfo) {
         let _ = self.0.tls_info.set(info);
+    }
+
+    /// Tells which runtime serves traffic. Later calls change nothing.
+    pub fn set_runtime(&self, runtime: &tokio::runtime::Handle) {
+        let _ = self.0.runtime.set(runtime.metrics());
     }
 
     /// What an operator should look at.

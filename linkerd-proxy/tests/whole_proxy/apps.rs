@@ -53,8 +53,9 @@ pub(crate) struct Answer {
 }
 
 /// HTTP/1 and HTTP/2 by what the client speaks. Answers with `NAME METHOD PATH`, its name in `x-app`, the HTTP version in
-/// `x-version`, the client identity it was told in `x-client-id`; `/sleep/MS` waits first; `/status/N` answers so; below
-/// `/headers` it adds the request's query, authority and headers, one a line; gRPC requests get trailers, with code N for `/fail/N`.
+/// `x-version`, the client identity it was told in `x-client-id`, `x-test` and `traceparent` as `x-seen-..`; `/sleep/MS` waits
+/// first; `/status/N` answers so; below `/headers` it adds the request's query, authority and headers, one a line; gRPC
+/// requests get trailers, with code N for `/fail/N`.
 pub(crate) fn http(pod: &Pod, port: u16, name: &'static str) -> App {
     let seen = Arc::<Mutex<Vec<String>>>::default();
     let log = seen.clone();
@@ -117,7 +118,7 @@ async fn answer(name: &'static str, mut req: Request<Incoming>) -> Result<Respon
     }
     let version = format!("{:?}", req.version());
     let client = req.headers().get("l5d-client-id").cloned();
-    let test = req.headers().get("x-test").cloned();
+    let seen = ["x-test", "traceparent"].map(|name| (name, req.headers().get(name).cloned()));
     let grpc = req.headers().get("content-type").is_some_and(|v| v == "application/grpc");
     let mut text = format!("{name} {} {path}", req.method());
     if path.starts_with("/headers") {
@@ -147,8 +148,11 @@ async fn answer(name: &'static str, mut req: Request<Incoming>) -> Result<Respon
     if let Some(client) = client {
         rsp.headers_mut().insert("x-client-id", client);
     }
-    if let Some(test) = test {
-        rsp.headers_mut().insert("x-seen-test", test);
+    for (name, value) in seen {
+        if let Some(value) = value {
+            let name = format!("x-seen-{}", name.trim_start_matches("x-"));
+            rsp.headers_mut().insert(http::HeaderName::try_from(name).unwrap(), value);
+        }
     }
     Ok(rsp)
 }

@@ -96,8 +96,9 @@ async fn networks_allow_and_deny_by_address_authority_name_and_port() {
     }
     let error = site.ask((EXCEPTED, 80).into(), "GET /").await;
     assert!(error.iter().any(|l| l.starts_with("l5d-proxy-error: ") && l.contains("not allowed")), "{error:?}");
-    let forbidden = ["kind=\"forbidden\""];
-    assert!(site.world.metric("client", "outbound_tcp_errors_total", &[]).await >= 1.0, "{forbidden:?}");
+    assert_eq!(site.world.metric("client", "outbound_tcp_errors_total", &["error=\"unexpected\""]).await, 4.0);
+    let denied = ["parent_name=\"some\""];
+    assert_eq!(site.world.metric("client", "outbound_http_route_request_statuses_total", &denied).await, 2.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

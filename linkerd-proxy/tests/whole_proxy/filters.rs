@@ -64,6 +64,7 @@ spec: {parentRefs: [{group: '', kind: Service, name: SVC}], rules: [{filters: [{
             ("GET /rule", &["500"]),
             ("GET /auth", &["500"]),
             ("GET /backend", &["500"]),
+            ("grpc POST /backend/x", &["200", "grpc-status: 14"]),
             ("grpc POST /rule/x", &["200", "grpc-status: 13"]),
             ("GET /", &["one GET /"]),
         ],

@@ -5,7 +5,11 @@ use crate::{
     site::Site,
     world::{World, service},
 };
-use std::net::SocketAddr;
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+use tokio::io::AsyncWriteExt;
 
 const ONE: ([u8; 4], u16) = ([10, 96, 1, 1], 80);
 
@@ -16,7 +20,7 @@ kind: HTTPRoute
 metadata: {name: three, namespace: shop}
 spec: {parentRefs: [{group: '', kind: Service, name: three}], rules: [{matches: [{path: {value: /to-two}}], backendRefs: [{name: two, port: 80}]}, {backendRefs: [{name: three, port: 80}]}]}
 ";
-    let env = [("LINKERD2_PROXY_INGRESS_MODE", "true"), ("LINKERD2_PROXY_OUTBOUND_DETECT_TIMEOUT", "1s")];
+    let env = [("LINKERD2_PROXY_INGRESS_MODE", "true")];
     let Some(site) = Site::new("ingress", route, &env).await else { return };
     let mut wrong = String::new();
     for (what, ask, lines) in [
@@ -45,9 +49,18 @@ spec: {parentRefs: [{group: '', kind: Service, name: three}], rules: [{matches: 
         let rsp = kept.send_request(req.body(http_body_util::Full::default()).unwrap()).await.unwrap();
         assert_eq!(apps::read(rsp).await.unwrap().body, format!("{name} GET /"));
     }
-    // What is no HTTP goes where it was sent.
-    assert_eq!(site.greeting((ONE.0, 90).into(), b"\0bytes").await, "one");
-    assert_eq!(site.greeting((ONE.0, 90).into(), b"").await, "one");
+    // What is no HTTP goes where it was sent, and who is silent hears the server.
+    let started = Instant::now();
+    for bytes in [&b"\0bytes"[..], b"", b""] {
+        assert_eq!(site.greeting((ONE.0, 90).into(), bytes).await, "one");
+    }
+    assert!(started.elapsed() < Duration::from_secs(4), "{:?}", started.elapsed());
+    // A client that takes its time may still name another destination.
+    let mut io = site.client.connect(ONE.into()).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let late = b"GET / HTTP/1.1\r\nhost: a\r\nl5d-dst-override: two.shop.svc.cluster.local\r\n\r\n";
+    io.write_all(late).await.unwrap();
+    apps::expect_text(&mut io, "HTTP/1.1 200 OK\r\nx-version: HTTP/1.1\r\nx-app: two\r\n").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -12,6 +12,7 @@ const CLIENT_ID: &str = "client.shop.serviceaccount.identity.linkerd.cluster.loc
 async fn every_protocol_travels_over_either_family() {
     let Some(mut world) = World::new("ipv6") else { return };
     let client = world.meshed("client", &[], &[]);
+    let sixth = world.meshed("sixth", &[], &[]);
     let server = world.meshed(
         "server",
         &[("http", 8080), ("bytes", 9000), ("mail", 9025)],
@@ -92,8 +93,17 @@ endpoints: [{{addresses: ['{}']}}]
         "{}",
         String::from_utf8_lossy(&back)
     );
-    let six = ["direction=\"outbound\"", "target_ip=\"fd"];
-    assert!(world.metric("client", "request_total", &six).await > 0.0, "replicas with both are dialled over IPv6");
+    // Of replicas with both addresses one is dialled: which one is for the operator to say.
+    world.args.push("--prefer-ipv6".into());
+    world.start(&["sixth"]).await;
+    for (pod, name, ip) in [(&client, "client", "10."), (&sixth, "sixth", "fd88:")] {
+        assert_eq!(
+            apps::get(pod, SocketAddr::new("fd96::10".parse().unwrap(), 80), "/", &[]).await.unwrap().status,
+            200
+        );
+        let labels = ["direction=\"outbound\"", "dst_service=\"dual\"", &format!("target_ip=\"{ip}")];
+        assert!(world.metric(name, "request_total", &labels).await >= 1.0, "{name} dials {ip}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

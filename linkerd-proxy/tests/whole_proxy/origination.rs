@@ -41,7 +41,7 @@ fn https(pod: &Pod, dir: &Path) -> Server {
 }
 
 /// A client and, outside, an HTTPS server, whose authority is in the ConfigMap `roots`.
-fn world(test: &str) -> Option<(World, Pod, Server)> {
+async fn world(test: &str) -> Option<(World, Pod, Server)> {
     let mut world = World::new(test)?;
     let client = world.meshed("client", &[], &[]);
     let outside = world.plain("outside", &[]);
@@ -49,6 +49,7 @@ fn world(test: &str) -> Option<(World, Pod, Server)> {
     let (bridge, via) = (world.bridge_netns(), outside.ip4.to_string());
     success(Command::new("ip").args(["-n", &bridge, "route", "add", "203.0.113.5", "via", &via]));
     let server = https(&outside, &world.dir);
+    world.eventually("the server listens", async || outside.connect(outside.addr(443)).await.is_ok()).await;
     let ca = fs::read_to_string(world.dir.join("ca.pem")).unwrap().replace('\n', "\n    ");
     let roots = format!(
         "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: roots, namespace: shop}}\ndata:\n  ca.crt: |\n    {ca}\n"
@@ -92,7 +93,7 @@ spec:
 
 #[tokio::test(flavor = "multi_thread")]
 async fn plain_requests_leave_as_tls_to_verified_hosts_alone() {
-    let Some((mut world, client, server)) = world("origination") else { return };
+    let Some((mut world, client, server)) = world("origination").await else { return };
     world.manifest("egress", &egress(&[("api", "api.test, other.test", "roots"), ("lost", "lost.test", "gone")]));
     world.start(&["client"]).await;
     let failed = async |code: &str| world.metric("client", "terminations_total", &[&format!("code=\"{code}\"")]).await;
@@ -126,7 +127,7 @@ impl Drop for Etc {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_systems_roots_are_believed_where_told() {
-    let Some((mut world, client, _server)) = world("origination-system") else { return };
+    let Some((mut world, client, _server)) = world("origination-system").await else { return };
     let etc = Etc(Path::new("/etc/netns").join(&client.netns));
     let certs = etc.0.join("ssl/certs");
     fs::create_dir_all(&certs).unwrap();
@@ -139,7 +140,7 @@ async fn the_systems_roots_are_believed_where_told() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn backends_get_the_tls_that_their_policy_demands() {
-    let Some((mut world, client, _server)) = world("origination-backend") else { return };
+    let Some((mut world, client, _server)) = world("origination-backend").await else { return };
     let policies = [
         (
             "right",

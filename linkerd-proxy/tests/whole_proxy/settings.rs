@@ -118,3 +118,19 @@ spec: {parentRefs: [{group: '', kind: Service, name: one, port: 80}], rules: [{b
         assert_eq!(tries(request), count, "{ask}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_may_ask_for_retries_and_timeouts_where_the_operator_allows_it() {
+    let ask = |status: u16| format!("GET /status/{status} | l5d-retry-http: 5xx | l5d-retry-limit: 2");
+    for (args, status, tries, left) in [(&["--allow-l5d-request-headers"][..], "504", 3, false), (&[], "200", 1, true)]
+    {
+        let test = format!("l5d-headers-{tries}");
+        let Some(site) = Site::with_args(&test, "", &[], args).await else { return };
+        let at = SocketAddr::from(ONE);
+        assert_eq!(site.ask(at, "GET /sleep/500 | l5d-timeout: 200ms").await[0], status);
+        assert_eq!(site.ask(at, &ask(503)).await[0], "503");
+        assert_eq!(site.http[0].seen().iter().filter(|l| *l == "GET /status/503").count(), tries);
+        let told = site.ask(at, "GET /headers | l5d-retry-limit: 2 | l5d-timeout: 10s").await;
+        assert_eq!(told.iter().any(|l| l.starts_with("l5d-")), left, "{told:?}");
+    }
+}

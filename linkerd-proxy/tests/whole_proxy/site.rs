@@ -34,7 +34,13 @@ pub(crate) struct Case {
 impl Site {
     /// None where namespaces can't be made.
     pub(crate) async fn new(test: &str, manifests: &str, env: &[(&str, &str)]) -> Option<Self> {
+        Self::with_args(test, manifests, env, &[]).await
+    }
+
+    /// With further arguments of the client's proxy.
+    pub(crate) async fn with_args(test: &str, manifests: &str, env: &[(&str, &str)], args: &[&str]) -> Option<Self> {
         let mut world = World::new(test)?;
+        world.args.extend(args.iter().map(ToString::to_string));
         let client = world.meshed("client", &[], &[]);
         let (mut http, mut bytes) = (Vec::new(), Vec::new());
         for (i, name) in BACKENDS.into_iter().enumerate() {
@@ -69,7 +75,7 @@ impl Site {
             Some(start) => !told.iter().any(|l| l.starts_with(start)),
             None => told.iter().any(|l| l == line),
         };
-        if !lines.iter().all(|line| holds(line)) {
+        if !lines.iter().all(holds) {
             let _ = writeln!(wrong, "{what}: {ask}\n  wanted {lines:?}\n  got    {told:?}");
         }
     }

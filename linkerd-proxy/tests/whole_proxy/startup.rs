@@ -3,7 +3,7 @@
 use crate::{
     apps,
     net::within,
-    world::{World, service},
+    world::{BINARY, World, service},
 };
 use http::StatusCode;
 use std::{
@@ -13,7 +13,6 @@ use std::{
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-const BINARY: &str = env!("CARGO_BIN_EXE_linkerd-proxy");
 const WEB: ([u8; 4], u16) = ([10, 96, 0, 10], 80);
 
 #[tokio::test(flavor = "multi_thread")]

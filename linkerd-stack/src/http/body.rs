@@ -56,7 +56,7 @@ impl Body {
         }
     }
 
-    /// The body of a client's response. `lease` is given back once the body has ended.
+    /// A body that holds something, a client's connection in the first place. `lease` is given back once it has ended.
     pub(super) fn leased(body: Incoming, lease: Lease) -> Self {
         if body.is_end_stream() {
             lease.give_back();

@@ -10,6 +10,7 @@ pub mod client;
 pub mod headers;
 pub mod normalize;
 pub mod orig_proto;
+mod rest;
 pub mod server;
 pub mod upgrade;
 

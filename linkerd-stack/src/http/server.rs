@@ -1,25 +1,25 @@
 //! One accepted connection, served as HTTP/1 or HTTP/2: codec settings, the checks before a request is a request, what
 //! becomes of errors, upgrades, and the graceful end.
 //!
-//! An HTTP/1 connection has these states: idle, busy (a request has begun), closing (a drain was signaled or a response
-//! asked for it: the current response is the last one and says `connection: close`; from idle, this is the end), and
-//! upgraded (no longer ours, see `upgrade`). An HTTP/2 connection is open or closing (GOAWAY sent; ends with its last
-//! stream).
+//! An HTTP/1 connection has these states: idle (soon at rest, see `rest`), busy (a request has begun), closing (a drain was
+//! signaled or a response asked for it: the current response is the last one and says `connection: close`; from idle,
+//! this is the end), and upgraded (no longer ours, see `upgrade`). An HTTP/2 connection is open or closing (GOAWAY sent;
+//! ends with its last stream).
 
 use super::{
     Version,
-    attend::{Attended, Pending},
-    body::{Body, BodyError, Reset, copy_io, source},
+    body::{Body, Reset, copy_io, source},
+    client::Lease,
     headers,
     normalize::{self, BadRequest, Cached},
+    rest::{self, Activity, Outgoing, Stream, Timer},
     upgrade,
 };
 use crate::{drain, io::Io};
-use bytes::Bytes;
 use futures_util::task::AtomicWaker;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body::{Body as _, Frame, SizeHint};
-use hyper::body::Incoming;
+use http_body::Body as _;
+use hyper::{body::Incoming, server::conn::http1::UpgradeableConnection};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use pin_project_lite::pin_project;
 use std::{
@@ -162,30 +162,58 @@ where
     S: Service<Request<Body>, Response = Response<Body>, Error = Reset> + Clone + Send + 'static,
     S::Future: Send,
 {
+    let activity = Arc::default();
     let state = Arc::new(State {
         version,
         max_header_size: config.max_header_size,
         max_header_setting: config.max_header_setting,
-        pending: Pending::default(),
         closing: AtomicBool::new(false),
-        drain_woken: AtomicBool::new(true),
+        woken: AtomicBool::new(true),
         waker: AtomicWaker::new(),
         drain: drain.clone(),
     });
-    let glue = Glue { service, state: state.clone(), authority: RefCell::new(None) };
+    let glue = Glue { service, state: state.clone(), activity, authority: RefCell::new(None) };
+    let drained = pin!(drain.signaled());
     match version {
-        Version::H1 => {
-            let io = TokioIo::new(Attended::new(io, state.pending.clone()));
-            let conn = http1(config).serve_connection(io, glue).with_upgrades();
-            run(conn, |conn| conn.graceful_shutdown(), &state, &drain).await
-        }
+        Version::H1 => serve1(&http1(config), io, glue, &state, drained).await,
         Version::H2 => {
-            let io = TokioIo::new(io);
-            let conn = http2(config).serve_connection(io, glue);
-            run(conn, |conn| conn.graceful_shutdown(), &state, &drain).await
+            let conn = pin!(http2(config).serve_connection(TokioIo::new(io), glue));
+            run(conn, |conn| conn.graceful_shutdown(), &state, drained, None).await?;
+            Ok(())
         }
     }
-    .map_err(ServeError::from)
+}
+
+/// A codec after the other, and between them the connection rests.
+async fn serve1<I, S>(
+    builder: &hyper::server::conn::http1::Builder,
+    io: I,
+    mut glue: Glue<S>,
+    state: &Arc<State>,
+    mut drained: Pin<&mut impl Future<Output = ()>>,
+) -> Result<(), ServeError>
+where
+    I: Io,
+    S: Service<Request<Body>, Response = Response<Body>, Error = Reset> + Clone + Send + 'static,
+    S::Future: Send,
+{
+    let mut io = Stream::new(io, glue.activity.clone());
+    loop {
+        let activity = glue.activity.clone();
+        let mut conn = Box::new(builder.serve_connection(TokioIo::new(io), glue).with_upgrades());
+        let shutdown = |conn: Pin<&mut UpgradeableConnection<_, _>>| conn.graceful_shutdown();
+        match run(Pin::new(&mut *conn), shutdown, state, drained.as_mut(), Some(&activity)).await? {
+            End::Closed => return Ok(()),
+            End::Quiet => {}
+        }
+        // None only of a connection that was upgraded, and that has no more requests.
+        let Some(parts) = conn.into_parts() else { return Ok(()) };
+        glue = parts.service;
+        match parts.io.into_inner().rest(parts.read_buf, drained.as_mut()).await.map_err(ServeError::Io)? {
+            Some(awake) => io = awake,
+            None => return Ok(()),
+        }
+    }
 }
 
 fn http1(config: &ServerConfig) -> hyper::server::conn::http1::Builder {
@@ -222,18 +250,16 @@ fn http2(config: &ServerConfig) -> hyper::server::conn::http2::Builder<TokioExec
     builder
 }
 
-/// What the connection and its requests share. As a `Wake`, it notes that the drain has something to say before it
-/// wakes the connection, so that a connection that was woken for another reason need not ask.
+/// What the connection and its requests share. As a `Wake`, it notes that the drain or the timer has something to say
+/// before it wakes the connection, so that a connection that was woken for another reason need not ask.
 struct State {
     version: Version,
     max_header_size: u32,
     max_header_setting: &'static str,
-    /// A request of HTTP/1 was handed on, and its response is not complete.
-    pending: Pending,
     /// A response asked for the end.
     closing: AtomicBool,
-    /// The drain's future must be polled.
-    drain_woken: AtomicBool,
+    /// The drain's future and the timer must be polled.
+    woken: AtomicBool,
     /// The task of the connection.
     waker: AtomicWaker,
     drain: drain::Watch,
@@ -241,7 +267,7 @@ struct State {
 
 impl Wake for State {
     fn wake(self: Arc<Self>) {
-        self.drain_woken.store(true, Ordering::SeqCst);
+        self.woken.store(true, Ordering::SeqCst);
         self.waker.wake();
     }
 }
@@ -253,25 +279,33 @@ impl State {
     }
 }
 
-/// Drives a connection, and ends it gracefully when told to.
+/// How a codec ended.
+enum End {
+    /// With its connection.
+    Closed,
+    /// The connection can rest.
+    Quiet,
+}
+
+/// Drives a connection, and ends it gracefully when told to, or its codec when it may rest.
 async fn run<C>(
-    conn: C,
+    mut conn: Pin<&mut C>,
     shutdown: impl Fn(Pin<&mut C>),
     state: &Arc<State>,
-    drain: &drain::Watch,
-) -> Result<(), hyper::Error>
+    mut drained: Pin<&mut impl Future<Output = ()>>,
+    rests: Option<&Arc<Activity>>,
+) -> Result<End, hyper::Error>
 where
     C: Future<Output = Result<(), hyper::Error>>,
 {
-    let mut conn = pin!(conn);
-    let mut drained = pin!(drain.signaled());
-    let drain_waker = Waker::from(state.clone());
+    let waker = Waker::from(state.clone());
+    let mut rests = rests.map(|activity| (activity, Timer::new(activity)));
     let mut registered: Option<Waker> = None;
     let mut shut = false;
     poll_fn(|cx| {
         loop {
             if let Poll::Ready(result) = conn.as_mut().poll(cx) {
-                return Poll::Ready(result);
+                return Poll::Ready(result.map(|()| End::Closed));
             }
             if shut {
                 return Poll::Pending;
@@ -281,11 +315,23 @@ where
                 registered = Some(cx.waker().clone());
             }
             let mut end = state.closing.load(Ordering::SeqCst);
-            if state.drain_woken.swap(false, Ordering::SeqCst) {
-                end |= drained.as_mut().poll(&mut Context::from_waker(&drain_waker)).is_ready();
+            let woken = state.woken.swap(false, Ordering::SeqCst);
+            let mut cx_woken = Context::from_waker(&waker);
+            if woken {
+                end |= drained.as_mut().poll(&mut cx_woken).is_ready();
             }
             if !end {
-                return Poll::Pending;
+                let Some((activity, timer)) = &mut rests else { return Poll::Pending };
+                if !timer.is_due(activity, woken, &mut cx_woken) {
+                    return Poll::Pending;
+                }
+                // The codec has the last word: only if it is idle too, it ends here.
+                let ended = activity.keep(|| {
+                    shutdown(conn.as_mut());
+                    conn.as_mut().poll(cx)
+                });
+                shut = true;
+                return ended.map_ok(|()| End::Quiet);
             }
             shut = true;
             shutdown(conn.as_mut());
@@ -298,6 +344,7 @@ where
 struct Glue<S> {
     service: S,
     state: Arc<State>,
+    activity: Arc<Activity>,
     authority: RefCell<Cached>,
 }
 
@@ -305,28 +352,34 @@ impl<S> hyper::service::Service<Request<Incoming>> for Glue<S>
 where
     S: Service<Request<Body>, Response = Response<Body>, Error = Reset> + Clone,
 {
-    type Response = Response<Sending>;
+    type Response = Response<Outgoing>;
     type Error = Reset;
     type Future = Answer<S>;
 
     fn call(&self, req: Request<Incoming>) -> Answer<S> {
-        let state = Some(self.state.clone());
-        let mut req = req.map(Body::from);
+        let state = self.state.clone();
+        let (mut req, open) = match state.version {
+            Version::H1 => {
+                let (request, response) = self.activity.begin();
+                (req.map(|body| Body::leased(body, Lease::Served(request))), Some(response))
+            }
+            Version::H2 => (req.map(Body::from), None),
+        };
         let head = req.method() == Method::HEAD;
         let step = match self.admit(&mut req) {
             Err(rsp) => Step::Refused { rsp: Some(*rsp) },
             Ok(()) => {
-                self.state.pending.set(true);
                 let upgrade = upgrade::requested(&mut req);
                 return Answer {
                     step: Step::Waiting { service: self.service.clone(), req: Some(req) },
                     upgrade,
                     head,
                     state,
+                    open,
                 };
             }
         };
-        Answer { step, upgrade: None, head, state }
+        Answer { step, upgrade: None, head, state, open }
     }
 }
 
@@ -353,8 +406,9 @@ pin_project! {
         step: Step<S>,
         upgrade: Option<upgrade::Requested>,
         head: bool,
-        // Moves into the response.
-        state: Option<Arc<State>>,
+        state: Arc<State>,
+        // Of HTTP/1.
+        open: Option<rest::Response>,
     }
 }
 
@@ -371,16 +425,13 @@ impl<S> Future for Answer<S>
 where
     S: Service<Request<Body>, Response = Response<Body>, Error = Reset>,
 {
-    type Output = Result<Response<Sending>, Reset>;
+    type Output = Result<Response<Outgoing>, Reset>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
-        loop {
+        let rsp = loop {
             let future = match this.step.as_mut().project() {
-                StepProj::Refused { rsp } => {
-                    let rsp = rsp.take().zip(this.state.take()).ok_or(Reset::new(h2::Reason::CANCEL));
-                    return Poll::Ready(rsp.map(|(rsp, state)| rsp.map(|body| Sending { body, state })));
-                }
+                StepProj::Refused { rsp } => break rsp.take().ok_or(Reset::new(h2::Reason::CANCEL))?,
                 StepProj::Waiting { service, req } => {
                     ready!(service.poll_ready(cx))?;
                     match req.take() {
@@ -390,42 +441,13 @@ where
                 }
                 StepProj::Called { future } => {
                     let rsp = ready!(future.poll(cx))?;
-                    let state = this.state.take().ok_or(Reset::new(h2::Reason::INTERNAL_ERROR))?;
-                    let rsp = finish(rsp, this.upgrade.take(), *this.head, &state);
-                    return Poll::Ready(Ok(rsp.map(|body| Sending { body, state })));
+                    break finish(rsp, this.upgrade.take(), *this.head, this.state);
                 }
             };
             this.step.set(Step::Called { future });
-        }
-    }
-}
-
-/// The content of a response; the codec drops it when it has sent everything.
-struct Sending {
-    body: Body,
-    state: Arc<State>,
-}
-
-impl http_body::Body for Sending {
-    type Data = Bytes;
-    type Error = BodyError;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
-
-impl Drop for Sending {
-    fn drop(&mut self) {
-        self.state.pending.set(false);
+        };
+        let open = this.open.take();
+        Poll::Ready(Ok(rsp.map(|body| Outgoing::new(body, open))))
     }
 }
 

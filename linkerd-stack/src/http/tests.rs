@@ -3,6 +3,7 @@
 
 mod client;
 mod pair;
+mod rest;
 mod server;
 
 use super::*;

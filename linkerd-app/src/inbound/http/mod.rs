@@ -198,6 +198,7 @@ impl Shared {
                 rsp
             }
             Err(error) => {
+                let error = conn.locate(error);
                 termination = Some(self.policy.failed(&error));
                 match self.rescue.answer(&error, &asked) {
                     Answer::Response(rsp) => rsp,

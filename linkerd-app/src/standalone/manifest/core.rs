@@ -13,7 +13,7 @@ use serde_json::Value;
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 /// A Service (resources.md 2.1).
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(in super::super) struct Service {
     pub(in super::super) head: Head,
     pub(in super::super) kind: ServiceKind,
@@ -24,6 +24,8 @@ pub(in super::super) struct Service {
     pub(in super::super) client_ip_affinity: bool,
     pub(in super::super) publish_not_ready: bool,
     pub(in super::super) tuning: Tuning,
+    /// Of a mirror that a Link makes behind a gateway: cluster and name of the Service there.
+    pub(in super::super) behind: Option<(Arc<str>, Arc<str>)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,7 +101,7 @@ pub(in super::super) struct Slice {
 }
 
 /// Endpoints, the older form: groups of addresses with ports.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(in super::super) struct Endpoints {
     pub(in super::super) head: Head,
     pub(in super::super) subsets: Vec<(Vec<SlicePort>, Vec<Address>)>,
@@ -267,6 +269,7 @@ pub(super) fn service(value: &Value, head: Head, at: &mut At<'_>) -> Option<Serv
         client_ip_affinity: raw.session_affinity == "ClientIP",
         publish_not_ready: raw.publish_not_ready_addresses,
         tuning,
+        behind: None,
     })
 }
 

@@ -3,18 +3,20 @@
 //! durations are durations. What one object alone cannot know (whether a Service it names exists) is not checked here.
 
 mod core;
+mod link;
 mod policy;
 mod route;
 mod typed;
 
 pub(super) use self::{
     core::{Address, Endpoints, Owner, Pod, PortRef, Service, ServiceKind, ServicePort, Slice, SlicePort, Workload},
+    link::{Gateway, Link, Probe},
     policy::{
         AuthorizationPolicy, AuthorizationTarget, BackendTls, BackendTraffic, Egress, ExternalWorkload, Identities,
-        MeshTls, NetworkAuth, Principal, Profile, ProxyProtocol, RateLimit, RateLimitTarget, Requirement, Server,
-        ServerAuthorization, ServerRef, Subjects, default_policy,
+        MeshTls, NetworkAuth, Principal, Profile, ProxyProtocol, RateLimit, RateLimitTarget, Requirement, Selector,
+        Server, ServerAuthorization, ServerRef, Subjects, default_policy,
     },
-    route::{BackendKind, BackendRef, FilterSpec, ParentKind, Route, RouteKind, Rule, SessionSpec},
+    route::{BackendKind, BackendRef, FilterSpec, ParentKind, ParentRef, Route, RouteKind, Rule, SessionSpec},
 };
 
 use self::typed::typed;
@@ -112,6 +114,11 @@ pub(super) const GATEWAY: &str = "gateway.networking.k8s.io";
 pub(super) const POLICY: &str = "policy.linkerd.io";
 
 impl Kind {
+    /// Every kind.
+    pub(super) fn all() -> impl Iterator<Item = Self> {
+        KINDS.iter().map(|k| k.0)
+    }
+
     /// The kind as manifests write it.
     pub(super) fn name(self) -> &'static str {
         KINDS.iter().find(|k| k.0 == self).map_or("", |k| k.2)
@@ -201,6 +208,7 @@ pub(super) enum Object {
     Profile(Profile),
     BackendTls(BackendTls),
     BackendTraffic(BackendTraffic),
+    Link(Link),
 }
 
 impl Object {
@@ -225,6 +233,7 @@ impl Object {
             Self::Profile(o) => &o.head,
             Self::BackendTls(o) => &o.head,
             Self::BackendTraffic(o) => &o.head,
+            Self::Link(o) => &o.head,
         }
     }
 }
@@ -299,7 +308,7 @@ fn read_one(value: &Value, api_version: &str, kind_name: &str, cluster: &Arc<str
         core::pod_annotations(&head, &mut at.field("metadata"));
     }
     let object = match kind {
-        Kind::Namespace | Kind::Node | Kind::ServiceAccount | Kind::Secret | Kind::ReferenceGrant | Kind::Link => {
+        Kind::Namespace | Kind::Node | Kind::ServiceAccount | Kind::Secret | Kind::ReferenceGrant => {
             Some(Object::Plain(head))
         }
         Kind::ConfigMap => {
@@ -331,6 +340,7 @@ fn read_one(value: &Value, api_version: &str, kind_name: &str, cluster: &Arc<str
         Kind::EgressNetwork => policy::egress(value, head, &mut at).map(Object::Egress),
         Kind::ExternalWorkload => policy::external_workload(value, head, &mut at).map(Object::ExternalWorkload),
         Kind::ServiceProfile => policy::profile(value, head, &mut at).map(Object::Profile),
+        Kind::Link => link::link(value, head, &mut at).map(Object::Link),
     };
     Read { object: object.map(|o| (key, Arc::new(o))), label, issues }
 }

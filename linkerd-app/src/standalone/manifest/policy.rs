@@ -247,7 +247,7 @@ pub(in super::super) fn default_policy(text: &str) -> Option<DefaultPolicy> {
 
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "camelCase", default)]
-struct RawSelector {
+pub(super) struct RawSelector {
     match_labels: Pairs,
     match_expressions: Vec<RawExpression>,
 }
@@ -260,7 +260,7 @@ struct RawExpression {
     values: Vec<Arc<str>>,
 }
 
-fn selector(raw: RawSelector, at: &mut At<'_>) -> Selector {
+pub(super) fn selector(raw: RawSelector, at: &mut At<'_>) -> Selector {
     let mut expressions = Vec::new();
     for (i, e) in raw.match_expressions.into_iter().enumerate() {
         let mut at = at.field("matchExpressions");

@@ -802,7 +802,7 @@ fn filter(raw: RawFilter, cx: Context, at: &mut At<'_>) -> Option<FilterSpec> {
                 None => other.to_string(),
             };
             at.field("type").warn(
-                format!("the filter {what} is not known"),
+                format!("the filter {what} is not supported"),
                 "Requests that reach it are answered with an error; remove it",
             );
             Some(FilterSpec::Ready(Filter::Unknown { what: what.into() }))

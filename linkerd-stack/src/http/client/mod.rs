@@ -10,7 +10,7 @@ mod h2;
 
 pub use self::error::SendError;
 
-use super::{Version, body::Body};
+use super::{Version, body::Body, rest};
 use crate::{backoff::Backoff, boxed::BoxFuture, io::BoxedIo, ready::Ready};
 use http::{Method, Request, Response};
 use std::{fmt, sync::Arc, time::Duration};
@@ -182,12 +182,14 @@ impl<C: Connect> Client<C> {
     }
 }
 
-/// What holds a client's connection while a response body is read.
+/// What is held while a body is read.
 pub(super) enum Lease {
     /// An HTTP/1 connection, and the pool it goes back to.
     H1(h1::Lease),
     /// A stream of an HTTP/2 connection.
     H2(h2::Stream),
+    /// The body is a request's, on a server's connection.
+    Served(rest::Request),
 }
 
 impl Lease {
@@ -196,6 +198,7 @@ impl Lease {
         match self {
             Self::H1(lease) => lease.give_back(),
             Self::H2(stream) => drop(stream),
+            Self::Served(request) => drop(request),
         }
     }
 }
