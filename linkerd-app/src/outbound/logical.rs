@@ -6,8 +6,9 @@ use super::{
     Runtime,
     concrete::{Concrete, Distribution, Replicas, Settings},
     endpoint::{HttpEndpoint, Kind},
+    mirror::{MIRRORS_IN_FLIGHT, Mirroring},
     params::Params,
-    rule::{Counted, MIRRORS_IN_FLIGHT, Mirroring, ProfileRule, Rule, RuleBackend},
+    rule::{Counted, ProfileRule, Rule, RuleBackend},
     tracked::Tracked,
 };
 use crate::{
