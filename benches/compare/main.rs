@@ -8,6 +8,7 @@ mod net;
 mod proxies;
 mod report;
 mod run;
+mod scrape;
 mod work;
 
 use benches::{
@@ -17,7 +18,7 @@ use benches::{
 use clap::{Args, Parser};
 use std::{
     io::{self, Read, Write},
-    net::{SocketAddr, TcpStream},
+    net::{IpAddr, SocketAddr, TcpStream},
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -28,6 +29,8 @@ use std::{
 enum Command {
     /// Measure, and write a report.
     Run(run::Options),
+    /// Measure what scrapes of this proxy cost and what they do to requests meanwhile.
+    Scrapes(scrape::Options),
     /// Be the application: answer HTTP/1 and HTTP/2 on these addresses.
     Serve {
         /// Addresses.
@@ -51,6 +54,22 @@ enum Command {
         addr: SocketAddr,
         /// What to ask for.
         path: String,
+    },
+    /// Be Prometheus: ask for metrics time and again.
+    Scrape {
+        /// Where to connect to.
+        addr: SocketAddr,
+        /// Milliseconds between two scrapes.
+        every: u64,
+        /// How often.
+        times: u32,
+    },
+    /// Call destinations that nobody serves, for the series that they leave behind.
+    Swell {
+        /// Whom to call.
+        ip: IpAddr,
+        /// Ports.
+        targets: u16,
     },
     /// Wait until an address takes connections, or answers 200 for a path.
     Wait {
@@ -92,10 +111,13 @@ struct Load {
 fn main() -> ExitCode {
     let result = match Command::parse() {
         Command::Run(options) => run::run(&options),
+        Command::Scrapes(options) => scrape::run(&options),
         Command::Serve { addrs } => answer(&addrs),
         Command::Load(args) => ask(&args),
         Command::Hold { to, connections } => hold(to, connections),
         Command::Fetch { addr, path } => fetch(addr, &path),
+        Command::Scrape { addr, every, times } => scrape::scrape(addr, Duration::from_millis(every), times),
+        Command::Swell { ip, targets } => scrape::swell(ip, targets),
         Command::Wait { addr, path } => wait(addr, path.as_deref()),
     };
     match result {
@@ -158,11 +180,7 @@ fn hold(to: SocketAddr, connections: usize) -> io::Result<()> {
 }
 
 fn fetch(addr: SocketAddr, path: &str) -> io::Result<()> {
-    let mut io = TcpStream::connect_timeout(&addr, Duration::from_secs(1))?;
-    io.set_read_timeout(Some(Duration::from_secs(5)))?;
-    write!(io, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")?;
-    let mut text = String::new();
-    io.read_to_string(&mut text)?;
+    let text = scrape::ask(addr, path)?;
     print!("{}", text.split_once("\r\n\r\n").map_or("", |(_, body)| body));
     Ok(())
 }

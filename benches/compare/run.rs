@@ -197,14 +197,16 @@ fn mutual_tls(net: &Net, here: &Path, file: &Path) -> io::Result<()> {
 }
 
 /// Starts clients.
-struct Load<'a> {
-    warmup: u64,
-    time: u64,
-    here: &'a Path,
+pub(crate) struct Load<'a> {
+    /// Milliseconds, as the next one.
+    pub(crate) warmup: u64,
+    pub(crate) time: u64,
+    /// This program.
+    pub(crate) here: &'a Path,
 }
 
 impl Load<'_> {
-    fn measure(&self, net: &Net, work: &Work, to: SocketAddr, pair: Option<&Pair>) -> io::Result<Measured> {
+    pub(crate) fn measure(&self, net: &Net, work: &Work, to: SocketAddr, pair: Option<&Pair>) -> io::Result<Measured> {
         let mut command = net.client.command(self.here);
         command.args(["load", "--to", &to.to_string()]).args(work.load);
         command.args(["--warmup", &self.warmup.to_string(), "--time", &self.time.to_string()]);
@@ -260,12 +262,12 @@ fn works(options: &Options) -> io::Result<Vec<&'static Work>> {
     Ok(ALL.iter().filter(|w| options.only.is_empty() || options.only.iter().any(|name| name == w.name)).collect())
 }
 
-fn absolute(program: &Path) -> io::Result<PathBuf> {
+pub(crate) fn absolute(program: &Path) -> io::Result<PathBuf> {
     program.canonicalize().map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", program.display())))
 }
 
 /// Removes a folder on drop.
-struct Remove(PathBuf);
+pub(crate) struct Remove(pub(crate) PathBuf);
 
 impl Drop for Remove {
     fn drop(&mut self) {
