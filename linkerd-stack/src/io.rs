@@ -2,11 +2,15 @@
 
 use bytes::{Buf, Bytes};
 use std::{
+    any::Any,
     io,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
+    net::TcpStream,
+};
 
 /// A two-way byte stream that a task may own.
 pub trait Io: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
@@ -15,6 +19,30 @@ impl<T: AsyncRead + AsyncWrite + Unpin + Send + 'static> Io for T {}
 
 /// A stream whose type is forgotten. It passes vectored writes on.
 pub type BoxedIo = Box<dyn Io>;
+
+/// Writes the last bytes before a shutdown. A TCP stream keeps them back until then, so that they and the end of the
+/// stream share a segment; other streams write as always.
+pub fn poll_write_last<I: Io>(io: &mut I, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    #[cfg(target_os = "linux")]
+    if let Some(tcp) = tcp(io) {
+        let send = || socket2::SockRef::from(tcp).send_with_flags(buf, libc::MSG_MORE | libc::MSG_NOSIGNAL);
+        loop {
+            ready!(tcp.poll_write_ready(cx))?;
+            match tcp.try_io(Interest::WRITABLE, send) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                written => return Poll::Ready(written),
+            }
+        }
+    }
+    Pin::new(io).poll_write(cx, buf)
+}
+
+/// The TCP stream that a stream is, or has behind bytes that were read from it.
+#[cfg(target_os = "linux")]
+fn tcp<I: Io>(io: &I) -> Option<&TcpStream> {
+    let any = io as &dyn Any;
+    any.downcast_ref().or_else(|| any.downcast_ref().map(PrefixedIo::get_ref))
+}
 
 /// A stream that first yields bytes that were read from it before, and then reads on.
 #[derive(Debug)]

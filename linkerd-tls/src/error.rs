@@ -18,6 +18,9 @@ pub enum Error {
     /// Another failure of the handshake: the peer's alert, a broken connection, or no common parameters.
     #[error("TLS handshake failed: {0}")]
     Handshake(#[source] io::Error),
+    /// The server did not take the ticket that was shown; nothing is wrong, and a new connection gets on without one.
+    #[error("the server did not resume the session; a new connection is needed")]
+    NotResumed,
     /// A certificate, key or set of trust anchors of our own is unusable.
     #[error(transparent)]
     Invalid(#[from] Invalid),

@@ -6,19 +6,23 @@
 //! Sessions are resumed, which spares both ends the certificates' signatures. A ticket stands for what the full handshake
 //! proved, and for no longer than that holds: the server's keys for tickets and the client's store of them are parts of
 //! what is built anew when certificate or anchors change, and the time of the peer's certificates is looked at again each
-//! time. A fresh key exchange is part of every resumption. Tickets are made only for clients that ask for them (RFC
-//! 9149), so peers without resumption pay nothing for it.
+//! time. Tickets are made only for clients that ask for them (RFC 9149), so peers without resumption pay nothing for it.
+//!
+//! A fresh key exchange is part of every resumption. It may do without the post-quantum half of the hybrid group: the
+//! keys also depend on the ticket's secret, which a hybrid exchange made. Should the server not take the ticket, that
+//! connection is given up for one with the hybrid group, and so are such short hellos to this target.
 
 use crate::{
     Certificate, ClientIo, Id, ServerIo, ServerName, TrustAnchors,
     error::{Error, Invalid},
-    tickets::Tickets,
+    tickets::{Offer, Small, Tickets},
     verify::{self, ClientVerifier, ServerVerifier},
 };
 use arc_swap::{ArcSwap, ArcSwapOption};
+use linkerd_stack::Io;
 use rustls::{
-    ClientConfig, CommonState, HandshakeKind, ServerConfig, SignatureAlgorithm,
-    client::{Resumption, TicketRequest},
+    ClientConfig, CommonState, HandshakeKind, NamedGroup, ServerConfig, SignatureAlgorithm,
+    client::{ResolvesClientCert, Resumption, TicketRequest, Tls13ClientSessionValue},
     crypto::{CryptoProvider, aws_lc_rs},
     pki_types::{self, CertificateDer},
     sign::{CertifiedKey, SingleCertAndKey},
@@ -26,14 +30,13 @@ use rustls::{
 };
 use std::{
     fmt,
-    sync::{Arc, LazyLock, Weak},
+    sync::{
+        Arc, LazyLock, Weak,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::{Duration, SystemTime},
 };
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    sync::watch,
-    time::timeout,
-};
+use tokio::{io::AsyncWriteExt, sync::watch, time::timeout};
 
 /// The one ALPN value of the mesh: a transport header may follow the handshake (behaviour.md A.5).
 pub const TRANSPORT_HEADER_ALPN: &[u8] = b"transport.l5d.io/v1";
@@ -62,6 +65,13 @@ static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
         signature_verification_algorithms: verify::ALGORITHMS,
         ..aws_lc_rs::default_provider()
     })
+});
+
+/// The same for clients that resume, with the elliptic curve first.
+static BRIEF: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
+    let mut provider = CryptoProvider::clone(&PROVIDER);
+    provider.kx_groups.sort_by_key(|group| group.name() != NamedGroup::X25519);
+    Arc::new(provider)
 });
 
 /// What TLS is made of here, by the library's names.
@@ -163,7 +173,12 @@ struct Shared {
 /// What a client uses as long as a state is in force.
 struct Made {
     of: Weak<State>,
-    config: Arc<ClientConfig>,
+    hybrid: ClientConfig,
+    /// For resumption without the hybrid group; none without a certificate of our own, which is not worth it.
+    brief: Option<ClientConfig>,
+    tickets: Arc<Tickets>,
+    /// Whether a ticket was not taken. Behind this address there may be several servers, or one that forgets.
+    refused: AtomicBool,
 }
 
 /// Everything that depends on certificate and anchors; built anew when either changes.
@@ -287,28 +302,24 @@ impl Reader {
     /// # Errors
     /// Without a certificate, when the client's certificate is refused, when the handshake fails otherwise, and when it
     /// takes longer than [`ACCEPT_TIMEOUT`].
-    pub async fn accept<I>(&self, io: I, alpn: Alpn) -> Result<(Accepted, ServerIo<I>), Error>
-    where
-        I: AsyncRead + AsyncWrite + Unpin,
-    {
+    pub async fn accept<I: Io>(&self, io: I, alpn: Alpn) -> Result<(Accepted, ServerIo<I>), Error> {
         let state = self.shared.state.load_full();
         let config = match (&state.server, alpn) {
             (None, _) => return Err(Error::NoCertificate),
             (Some(server), Alpn::None) => server.plain.clone(),
             (Some(server), Alpn::TransportHeader) => server.transport_header.clone(),
         };
-        let io = timeout(ACCEPT_TIMEOUT, tokio_rustls::TlsAcceptor::from(config).accept(io))
+        let io = timeout(ACCEPT_TIMEOUT, ServerIo::accept(config, io))
             .await
-            .map_err(|_| Error::HandshakeTimeout(ACCEPT_TIMEOUT))?
-            .map_err(Error::handshake)?;
-        let session = io.get_ref().1;
+            .map_err(|_| Error::HandshakeTimeout(ACCEPT_TIMEOUT))??;
+        let session = io.session();
         let resumed = self.shared.resumed(session, &state.roots, verify::Role::Client)?;
         let client_id = match session.peer_certificates().and_then(|chain| chain.first()) {
             Some(leaf) => verify::ids(leaf).map_err(Error::Peer)?.into_iter().next(),
             None => None,
         };
         let transport_header = session.alpn_protocol() == Some(TRANSPORT_HEADER_ALPN);
-        Ok((Accepted { client_id, transport_header, resumed }, ServerIo::new(io)))
+        Ok((Accepted { client_id, transport_header, resumed }, io))
     }
 
     /// A client for one target, to be kept as long as connections to it may be made.
@@ -328,32 +339,62 @@ impl Client {
     ///
     /// # Errors
     /// When the server's certificate is refused (another identity among others), or the handshake fails otherwise.
-    pub async fn connect<I>(&self, io: I) -> Result<(Connected, ClientIo<I>), Error>
-    where
-        I: AsyncRead + AsyncWrite + Unpin,
-    {
+    /// [`Error::NotResumed`] is no failure of either side: another connection will do, without a ticket.
+    pub async fn connect<I: Io>(&self, io: I) -> Result<(Connected, ClientIo<I>), Error> {
         let name = pki_types::ServerName::try_from(self.target.server_name.as_str().to_owned())
             .map_err(|e| Error::Handshake(std::io::Error::new(std::io::ErrorKind::InvalidInput, e)))?;
         let state = self.shared.state.load_full();
-        let connector = tokio_rustls::TlsConnector::from(self.config(&state));
-        let io = connector.connect(name, io).await.map_err(Error::handshake)?;
-        let session = io.get_ref().1;
-        let resumed = self.shared.resumed(session, &state.roots, verify::Role::Server)?;
-        let transport_header = session.alpn_protocol() == Some(TRANSPORT_HEADER_ALPN);
-        Ok((Connected { transport_header, resumed }, ClientIo::new(io)))
+        let made = self.made(&state);
+        let ticket = made.tickets.take();
+        let brief = made.brief.as_ref().filter(|_| ticket.is_some() && !made.refused.load(Relaxed));
+        let config = made.offering(brief.unwrap_or(&made.hybrid), ticket);
+        let mut io = ClientIo::connect(config, name, io).await?;
+        let resumed = self.shared.resumed(io.session(), &state.roots, verify::Role::Server)?;
+        if brief.is_some() && !resumed {
+            made.refused.store(true, Relaxed);
+            made.tickets.clear();
+            // An orderly end; what becomes of it is of no interest.
+            let _ = io.shutdown().await;
+            return Err(Error::NotResumed);
+        }
+        let transport_header = io.session().alpn_protocol() == Some(TRANSPORT_HEADER_ALPN);
+        Ok((Connected { transport_header, resumed }, io))
     }
 
     /// That of the state in force, with its tickets. Two connections may make it at the same time; then one of the two
     /// goes after its first use.
-    fn config(&self, state: &Arc<State>) -> Arc<ClientConfig> {
+    fn made(&self, state: &Arc<State>) -> Arc<Made> {
         if let Some(made) = &*self.made.load()
             && std::ptr::eq(made.of.as_ptr(), Arc::as_ptr(state))
         {
-            return made.config.clone();
+            return made.clone();
         }
-        let config = Arc::new(client_config(&self.shared.time, state, &self.target));
-        self.made.store(Some(Arc::new(Made { of: Arc::downgrade(state), config: config.clone() })));
-        config
+        let made = Arc::new(Made::new(&self.shared.time, state, &self.target));
+        self.made.store(Some(made.clone()));
+        made
+    }
+}
+
+impl Made {
+    fn new(time: &Arc<dyn TimeProvider>, state: &Arc<State>, target: &ClientTls) -> Self {
+        // A ticket is only shown with the very verifier and the very certificate that it was earned with.
+        let verifier = Arc::new(ServerVerifier { roots: state.roots.clone(), id: target.server_id.clone() });
+        let own = state.certificate.as_ref().map(|own| Arc::new(SingleCertAndKey::from(own.key.clone())));
+        let config = |provider: &Arc<CryptoProvider>, own| client_config(provider, time, &verifier, own, target);
+        Self {
+            of: Arc::downgrade(state),
+            hybrid: config(&PROVIDER, own.clone().map(|own| own as _)),
+            brief: own.map(|own| config(&BRIEF, Some(own))),
+            tickets: Arc::default(),
+            refused: AtomicBool::new(false),
+        }
+    }
+
+    /// For one handshake.
+    fn offering(&self, config: &ClientConfig, ticket: Option<Tls13ClientSessionValue>) -> Arc<ClientConfig> {
+        let mut config = config.clone();
+        config.resumption = Resumption::store(Arc::new(Offer::new(ticket, self.tickets.clone())));
+        Arc::new(config)
     }
 }
 
@@ -429,7 +470,7 @@ fn server_config(
     // A ticket holds the session itself, encrypted, so that nothing has to be kept here. Its key lives in memory alone,
     // and not longer than this configuration.
     match aws_lc_rs::Ticketer::new() {
-        Ok(ticketer) => config.ticketer = ticketer,
+        Ok(ticketer) => config.ticketer = Arc::new(Small(ticketer)),
         Err(error) => tracing::warn!(%error, "sessions cannot be resumed for want of randomness"),
     }
     config.send_tls13_tickets = 0;
@@ -437,30 +478,32 @@ fn server_config(
     config
 }
 
-fn client_config(time: &Arc<dyn TimeProvider>, state: &State, target: &ClientTls) -> ClientConfig {
-    let verifier = ServerVerifier { roots: state.roots.clone(), id: target.server_id.clone() };
-    let config = ClientConfig::builder_with_details(PROVIDER.clone(), time.clone())
+fn client_config(
+    provider: &Arc<CryptoProvider>,
+    time: &Arc<dyn TimeProvider>,
+    verifier: &Arc<ServerVerifier>,
+    own: Option<Arc<dyn ResolvesClientCert>>,
+    target: &ClientTls,
+) -> ClientConfig {
+    let config = ClientConfig::builder_with_details(provider.clone(), time.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .expect(TLS13)
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(verifier));
-    let mut config = match &state.certificate {
-        Some(certificate) => {
-            config.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(certificate.key.clone())))
-        }
+        .with_custom_certificate_verifier(verifier.clone());
+    let mut config = match own {
+        Some(own) => config.with_client_cert_resolver(own),
         None => config.with_no_client_auth(),
     };
     if target.transport_header {
         config.alpn_protocols = vec![TRANSPORT_HEADER_ALPN.to_vec()];
     }
-    config.resumption = Resumption::store(Arc::new(Tickets::default()));
     config.send_ticket_request = Some(TICKETS);
     config
 }
 
 impl fmt::Debug for Made {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Made").field("tickets", &self.config.resumption).finish()
+        f.debug_struct("Made").field("tickets", &self.tickets).field("refused", &self.refused).finish_non_exhaustive()
     }
 }
 

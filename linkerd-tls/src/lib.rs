@@ -9,6 +9,7 @@ pub mod certificate;
 pub mod csr;
 pub mod detect;
 mod error;
+mod gather;
 pub mod identity;
 mod io;
 mod key;

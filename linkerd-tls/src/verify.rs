@@ -13,7 +13,10 @@ use rustls::{
 };
 use std::{sync::Arc, time::Duration};
 use webpki::{EndEntityCert, KeyUsage, aws_lc_rs as alg};
-use x509_parser::prelude::{ASN1Time, FromDer, GeneralName, X509Certificate};
+use x509_parser::{
+    der_parser::asn1_rs::{Any, Class, Header},
+    prelude::{ASN1Time, FromDer, GeneralName, Validity, X509Certificate},
+};
 
 /// Signatures that are verified in chains and handshakes, in the order in which they are offered (behaviour.md B.1).
 /// There is no RSA-PSS among them: RSA authorities work, RSA workload keys do not.
@@ -166,11 +169,8 @@ pub(crate) fn still(
     role: Role,
 ) -> Result<(), Invalid> {
     let Some((leaf, intermediates)) = certificates.split_first() else { return Ok(()) };
-    let is_valid = |der: &CertificateDer<'_>| {
-        let (_, certificate) = X509Certificate::from_der(der).ok()?;
-        let at = ASN1Time::from_timestamp(i64::try_from(now.as_secs()).ok()?).ok()?;
-        Some(certificate.validity().is_valid_at(at))
-    };
+    let at = i64::try_from(now.as_secs()).ok().and_then(|now| ASN1Time::from_timestamp(now).ok());
+    let is_valid = |der: &CertificateDer<'_>| Some(validity(der)?.is_valid_at(at?));
     if certificates.iter().all(|der| is_valid(der) == Some(true)) {
         return Ok(());
     }
@@ -180,6 +180,17 @@ pub(crate) fn still(
         Role::Server => KeyUsage::server_auth(),
     };
     chain(roots, leaf, intermediates, now, usage).map_err(invalid)
+}
+
+/// The times of a certificate, without a look at the rest of it: its version (which may be missing), serial number,
+/// algorithm and issuer come before (RFC 5280 section 4.1).
+fn validity(der: &[u8]) -> Option<Validity> {
+    let inside = |der| Some(Header::from_der(der).ok()?.0);
+    let after = |der| Some(Any::from_der(der).ok()?.0);
+    let fields = inside(inside(der)?)?;
+    let is_versioned = Header::from_der(fields).ok()?.1.class() == Class::ContextSpecific;
+    let serial = if is_versioned { after(fields)? } else { fields };
+    Some(Validity::from_der(after(after(after(serial)?)?)?).ok()?.1)
 }
 
 fn chain(
@@ -260,5 +271,25 @@ fn invalid(error: webpki::Error) -> Invalid {
         E::UnknownIssuer | E::InvalidSignatureForPublicKey => Invalid::Untrusted,
         E::BadDer | E::BadDerTime | E::TrailingData(_) => Invalid::Malformed(error.to_string()),
         other => Invalid::Chain(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ca::tests::Folder;
+
+    #[test]
+    fn the_times_of_a_certificate_are_found_without_the_rest() {
+        let issued = Folder::new("times").issuer().issue(&"web.shop".parse().unwrap()).unwrap();
+        for der in std::iter::once(&issued.leaf).chain(&issued.intermediates) {
+            let (_, whole) = X509Certificate::from_der(der).unwrap();
+            assert_eq!(validity(der).as_ref(), Some(whole.validity()));
+            for end in 0..der.len().min(200) {
+                // No panic on what is cut off; the times come after the issuer's name.
+                let _ = validity(&der[..end]);
+            }
+        }
+        assert_eq!(validity(b"junk"), None);
     }
 }

@@ -5,6 +5,7 @@
 //! of roots and dies when either changes.
 
 use crate::{ClientIo, Error, Invalid, verify::has_uri};
+use linkerd_stack::Io;
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
     client::{
@@ -19,7 +20,6 @@ use std::{
     path::Path,
     sync::{Arc, LazyLock},
 };
-use tokio::io::{AsyncRead, AsyncWrite};
 
 /// Where systems keep the roots that they trust, the most common first (Debian, Red Hat, Alpine and BSD, SUSE).
 const SYSTEM_ROOTS: [&str; 5] = [
@@ -115,25 +115,19 @@ impl Client {
     ///
     /// # Errors
     /// When the server's certificate is refused, or the handshake fails otherwise.
-    pub async fn connect<I>(&self, io: I, alpn: Alpn) -> Result<ClientIo<I>, Error>
-    where
-        I: AsyncRead + AsyncWrite + Unpin,
-    {
+    pub async fn connect<I: Io>(&self, io: I, alpn: Alpn) -> Result<ClientIo<I>, Error> {
         let [none, http1, http2] = &self.configs;
         let config = match alpn {
             Alpn::None => none,
             Alpn::Http1 => http1,
             Alpn::Http2 => http2,
         };
-        let io = tokio_rustls::TlsConnector::from(config.clone())
-            .connect(self.name.clone(), io)
-            .await
-            .map_err(Error::handshake)?;
-        if alpn == Alpn::Http2 && io.get_ref().1.alpn_protocol() != Some(b"h2") {
+        let io = ClientIo::connect(config.clone(), self.name.clone(), io).await?;
+        if alpn == Alpn::Http2 && io.session().alpn_protocol() != Some(b"h2") {
             let why = "the server does not speak HTTP/2 (no ALPN h2), and the request is HTTP/2";
             return Err(Error::Handshake(io::Error::new(io::ErrorKind::Unsupported, why)));
         }
-        Ok(ClientIo::new(io))
+        Ok(io)
     }
 }
 

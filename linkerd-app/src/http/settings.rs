@@ -34,16 +34,17 @@ pub fn server(cfg: &HttpServer) -> ServerConfig {
 /// An HTTP/2 client's: each as `own` says, else as `fallback` does, else the stack's default.
 pub fn http2_client(own: &Http2Params, fallback: &Http2Params) -> Http2Config {
     let size = |n: Option<u32>| n.and_then(|n| usize::try_from(n).ok());
+    let default = Http2Config::default();
     let mut config = Http2Config {
         keep_alive: own.keep_alive.or(fallback.keep_alive).map(|k| KeepAlive {
             interval: k.interval,
             timeout: k.timeout,
             while_idle: k.while_idle,
         }),
-        max_frame_size: own.max_frame_size.or(fallback.max_frame_size),
+        max_frame_size: own.max_frame_size.or(fallback.max_frame_size).unwrap_or(default.max_frame_size),
         max_send_buf_size: size(own.max_send_buf_size.or(fallback.max_send_buf_size)),
         max_concurrent_reset_streams: size(own.max_concurrent_reset_streams.or(fallback.max_concurrent_reset_streams)),
-        ..Http2Config::default()
+        ..default
     };
     match own.windows.or(fallback.windows) {
         None => {}

@@ -173,9 +173,16 @@ impl Connector {
             return Ok(Upstream::Plain(io, metrics.clone()));
         };
         handshaking.store(true, Relaxed);
-        let (connected, mut io) = tls
-            .connect(io)
-            .await
+        let shaken = match tls.connect(io).await {
+            Err(linkerd_tls::Error::NotResumed) => {
+                handshaking.store(false, Relaxed);
+                let io = transport::connect(*dial, &rt.config.connect).await?;
+                handshaking.store(true, Relaxed);
+                tls.connect(io).await
+            }
+            shaken => shaken,
+        };
+        let (connected, mut io) = shaken
             .map_err(|error| Error::new(Cause::Io { errno: error.errno(), message: error.to_string().into() }))?;
         handshaking.store(false, Relaxed);
         if connected.transport_header

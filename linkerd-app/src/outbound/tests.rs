@@ -866,3 +866,61 @@ async fn requests_in_flight_are_small() {
     let size = size_of_val(&*tower::Service::call(&mut edge, get("/")));
     assert!(size <= 12 * 1024, "{size} bytes");
 }
+
+/// A meshed replica that has been started anew does not take the tickets of the one before it.
+#[tokio::test]
+async fn a_replica_that_forgot_its_sessions_costs_one_more_connection_and_no_failure() {
+    use linkerd_tls::{ca, identity};
+    let dir = std::env::temp_dir().join(format!("outbound-tests-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&dir);
+    ca::init(&dir, &ca::Init::default()).unwrap();
+    let issuer = ca::Issuer::load(&dir).unwrap();
+    std::fs::remove_dir_all(&dir).unwrap();
+    let certified = |name: &str| {
+        let id: linkerd_tls::Id = name.parse().unwrap();
+        let (mut writer, reader) =
+            identity::channel(id.clone(), id.to_server_name().unwrap(), issuer.trust_anchors().clone());
+        writer.set_certificate(issuer.issue(&id).unwrap()).unwrap();
+        (writer, reader)
+    };
+    let ((_w, before), (_v, after)) = (certified("web.example"), certified("web.example"));
+    let (_o, own) = certified("client.example");
+
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let meta = crate::policy::endpoint::EndpointMeta {
+        tls: Some(crate::policy::endpoint::ServerTls {
+            server_id: before.id().clone(),
+            server_name: before.server_name().clone(),
+        }),
+        ..Default::default()
+    };
+    let endpoint = Endpoint { addr: listener.local_addr().unwrap(), meta: Arc::new(meta) };
+    let server = tokio::spawn(async move {
+        let mut accepted = Vec::new();
+        // What the first one and the second one make of the connections that come.
+        for replica in [&before, &before, &after, &after] {
+            let (io, _) = listener.accept().await.unwrap();
+            let shaken = replica.accept(io, identity::Alpn::None).await;
+            accepted.push(shaken.as_ref().ok().map(|(accepted, _)| accepted.resumed));
+            if let Ok((_, mut io)) = shaken {
+                // The one that was given up is closed already.
+                let _ = io.write_all(b"x").await;
+                let _ = io.shutdown().await;
+            }
+        }
+        accepted
+    });
+
+    let telemetry = Telemetry::new(config::Metrics::default());
+    let outbound = Outbound::new(&settings(), Arc::default(), Some(own), Arc::new(Script::default()), telemetry);
+    let connector = super::connect::Connector::new(&outbound.rt, &endpoint, None);
+    for _ in 0..3 {
+        let mut io = connector.open(None).await.unwrap_or_else(|error| panic!("{error}")).boxed();
+        let mut said = Vec::new();
+        io.read_to_end(&mut said).await.unwrap();
+        assert_eq!(said, b"x");
+    }
+    let accepted = server.await.unwrap();
+    assert_eq!(accepted[..2], [Some(false), Some(true)]);
+    assert_eq!(accepted[3], Some(false), "the connection in between was given up: {accepted:?}");
+}

@@ -7,6 +7,7 @@ use super::{
 use crate::ca::{LEAF_LIFETIME, tests::Folder};
 use pki_types::UnixTime;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const OTHER: &str = "other.shop.serviceaccount.identity.linkerd.cluster.local";
 
@@ -60,12 +61,20 @@ async fn acquainted(name: &str) -> (Folder, Peer, Client, Peer) {
     (folder, web, client, server)
 }
 
+/// Connects as often as it takes: twice, if the server does not take the ticket.
+async fn meet(client: &Client, server: &Peer, alpn: Alpn) -> (Result<Connected, Error>, Result<Accepted, Error>) {
+    match shake(client, &server.reader, alpn).await {
+        (Err(Error::NotResumed), _) => shake(client, &server.reader, alpn).await,
+        met => met,
+    }
+}
+
 /// Shakes hands, and demands that both ends agree on whether a session was resumed and who is who.
 #[track_caller]
 fn check(client: &Client, server: &Peer, resumed: bool) -> impl Future<Output = ()> {
     let at = std::panic::Location::caller();
     async move {
-        let (connected, accepted) = shake(client, &server.reader, Alpn::None).await;
+        let (connected, accepted) = meet(client, server, Alpn::None).await;
         let (connected, accepted) = (connected.unwrap(), accepted.unwrap());
         assert_eq!((connected.resumed, accepted.resumed), (resumed, resumed), "at {at}");
         assert_eq!(accepted.client_id.as_ref(), Some(&client.shared.id), "at {at}");
@@ -87,8 +96,13 @@ async fn each_ticket_is_used_once() {
     let mut resumed = Vec::new();
     for _ in 0..3 {
         let (a, b) = tokio::io::duplex(64 * 1024);
-        let (connected, accepted) = tokio::join!(client.connect(a), server.reader.accept(b, Alpn::None));
-        resumed.push((connected.unwrap().0.resumed, accepted.unwrap().0.resumed));
+        let connect = async {
+            let (connected, mut io) = client.connect(a).await.unwrap();
+            io.flush().await.unwrap();
+            connected.resumed
+        };
+        let (connected, accepted) = tokio::join!(connect, server.reader.accept(b, Alpn::None));
+        resumed.push((connected, accepted.unwrap().0.resumed));
     }
     assert_eq!(resumed, [(true, true), (true, true), (false, false)]);
 }
@@ -101,7 +115,7 @@ async fn tickets_of_one_target_are_not_shown_to_another() {
     let direct = web.reader.client(target(&server.reader, true));
     check(&direct, &server, false).await;
     check(&direct, &server, true).await;
-    let (connected, accepted) = shake(&direct, &server.reader, Alpn::TransportHeader).await;
+    let (connected, accepted) = meet(&direct, &server, Alpn::TransportHeader).await;
     let (connected, accepted) = (connected.unwrap(), accepted.unwrap());
     // The ticket was made where no transport header is taken.
     assert_eq!((connected.transport_header, connected.resumed, accepted.resumed), (true, false, false));
@@ -134,7 +148,7 @@ async fn the_clients_tickets_die_with_its_certificate_and_its_anchors() {
     // A server whose authority is trusted no more is not believed for what it proved before.
     check(&client, &server, true).await;
     web.writer.set_trust_anchors(roots(&Folder::new("client-others").ca_pem()));
-    let (connected, _) = shake(&client, &server.reader, Alpn::None).await;
+    let (connected, _) = meet(&client, &server, Alpn::None).await;
     assert!(matches!(connected, Err(Error::Peer(Invalid::Untrusted))), "{connected:?}");
 }
 
@@ -146,7 +160,7 @@ async fn the_servers_tickets_die_with_its_certificate_and_its_anchors() {
     check(&client, &server, true).await;
     // A client whose authority is trusted no more is not let in for what it proved before.
     server.writer.set_trust_anchors(roots(&Folder::new("server-others").ca_pem()));
-    let (_, accepted) = shake(&client, &server.reader, Alpn::None).await;
+    let (_, accepted) = meet(&client, &server, Alpn::None).await;
     assert!(matches!(accepted, Err(Error::Peer(Invalid::Untrusted))), "{accepted:?}");
 }
 
@@ -156,7 +170,7 @@ async fn a_client_without_a_certificate_gains_none_by_its_tickets() {
     let (mut nobody, server) = (Peer::bare(&folder, WEB), Peer::new(&folder, SPIFFE));
     let client = nobody.reader.client(target(&server.reader, false));
     for resumed in [false, true] {
-        let (connected, accepted) = shake(&client, &server.reader, Alpn::None).await;
+        let (connected, accepted) = meet(&client, &server, Alpn::None).await;
         assert_eq!(connected.unwrap().resumed, resumed);
         assert_eq!(accepted.unwrap().client_id, None);
     }
@@ -175,11 +189,11 @@ async fn no_session_outlives_the_certificates_that_vouched_for_it() {
         for clock in [&web.clock, &server.clock] {
             clock.0.store(late, Relaxed);
         }
-        let (connected, _) = shake(&client, &server.reader, Alpn::None).await;
+        let (connected, _) = meet(&client, &server, Alpn::None).await;
         assert!(!connected.unwrap().resumed, "a ticket of a day ago");
         check(&client, &server, true).await;
         clock.0.store(over, Relaxed);
-        let (connected, accepted) = shake(&client, &server.reader, Alpn::None).await;
+        let (connected, accepted) = meet(&client, &server, Alpn::None).await;
         let error = if at_server { accepted.unwrap_err() } else { connected.unwrap_err() };
         assert!(matches!(error, Error::Peer(Invalid::Expired(_))), "{error}");
     }
@@ -189,9 +203,43 @@ async fn no_session_outlives_the_certificates_that_vouched_for_it() {
 async fn clients_that_ask_for_no_tickets_get_none() {
     let (_folder, web, client, server) = acquainted("silent").await;
     let state = web.reader.shared.state.load_full();
-    let mut config = client_config(&web.reader.shared.time, &state, client.target());
-    config.send_ticket_request = None;
-    client.made.store(Some(Arc::new(Made { of: Arc::downgrade(&state), config: Arc::new(config) })));
+    let mut made = Made::new(&web.reader.shared.time, &state, client.target());
+    made.hybrid.send_ticket_request = None;
+    client.made.store(Some(Arc::new(made)));
     check(&client, &server, false).await;
     check(&client, &server, false).await;
+}
+
+/// The group that a handshake of a client that is believed agreed on.
+async fn group(client: &Client, server: &Peer) -> NamedGroup {
+    let (a, b) = tokio::io::duplex(64 * 1024);
+    let accept = async {
+        let (_, mut io) = server.reader.accept(b, Alpn::None).await.unwrap();
+        io.write_all(b"x").await.unwrap();
+    };
+    let connect = async {
+        let (_, mut io) = client.connect(a).await.unwrap();
+        io.read_u8().await.unwrap();
+        io.session().negotiated_key_exchange_group().unwrap().name()
+    };
+    tokio::join!(connect, accept).0
+}
+
+#[tokio::test]
+async fn what_no_ticket_vouches_for_has_the_hybrid_group() {
+    let (folder, _web, client, server) = acquainted("groups").await;
+    assert_eq!(group(&client, &server).await, NamedGroup::X25519);
+    // The server is another one now, or has forgotten: no connection is left with the curve alone.
+    let other = Peer::new(&folder, SPIFFE);
+    let (connected, accepted) = shake(&client, &other.reader, Alpn::None).await;
+    assert!(matches!(connected, Err(Error::NotResumed)), "{connected:?}");
+    // The server has seen a connection that ended before a word was said.
+    assert!(accepted.is_err(), "{accepted:?}");
+    assert_eq!(group(&client, &other).await, NamedGroup::X25519MLKEM768);
+    check(&client, &other, true).await;
+    assert_eq!(group(&client, &other).await, NamedGroup::X25519MLKEM768);
+    // Nor is a connection lost again if they take turns.
+    for server in [&server, &other, &server] {
+        assert_eq!(group(&client, server).await, NamedGroup::X25519MLKEM768);
+    }
 }

@@ -298,9 +298,7 @@ fn builder(config: &Http2Config, max_header_size: u32) -> Builder<TokioExecutor>
             .keep_alive_timeout(keep_alive.timeout)
             .keep_alive_while_idle(keep_alive.while_idle);
     }
-    if let Some(size) = config.max_frame_size {
-        builder.max_frame_size(size.clamp(*FRAME_SIZES.start(), *FRAME_SIZES.end()));
-    }
+    builder.max_frame_size(config.max_frame_size.clamp(*FRAME_SIZES.start(), *FRAME_SIZES.end()));
     if let Some(size) = config.max_send_buf_size {
         builder.max_send_buf_size(size.min(u32::MAX as usize));
     }
