@@ -38,6 +38,7 @@ use crate::{
     transport::{Accepted, BoundListener, Metered, orig_dst},
 };
 use ::http::{Request, Response};
+use futures_util::future::BoxFuture;
 use linkerd_stack::{
     BoxService, BoxedIo, PrefixedIo, drain,
     http::{Body, ServerConfig, Version, client::OnReplay, serve},
@@ -174,32 +175,35 @@ impl Outbound {
     /// logical (routes), concrete (backend) and endpoint to connect.
     async fn run(&self, mut io: TcpStream, target: Option<SocketAddr>, drain: drain::Watch) -> Result<(), Error> {
         let counted = Metered::new((), self.accepted(target));
-        let Some(target) = target else { return self.explicit(io, counted, drain).await };
+        let Some(target) = target else { return Box::pin(self.explicit(io, counted, drain)).await };
         if self.rt.config.ingress_mode {
-            return self.ingress(io, counted, target, drain).await;
+            return Box::pin(self.ingress(io, counted, target, drain)).await;
         }
         let found = match self.discover.find(Target::Addr(target)).await {
             Ok(found) => found,
-            Err(error) => return self.unknown(io, counted, error, drain).await,
+            Err(error) => return Box::pin(self.unknown(io, counted, error, drain)).await,
         };
-        let spoken = protocol::decide(&self.rt, &found, &mut io).await;
-        match spoken.map_err(|error| error.during(Phase::Detect))? {
-            Spoken::Http(version, read) => {
-                let routing = Routing::Fixed(Arc::new(found));
-                self.http(version, counted.around(PrefixedIo::new(read, io)), routing, drain).await
-            }
-            Spoken::Tls(sni, read) => {
-                let route = found.tcp().get().route(Some(&sni))?;
-                route.forward(Client::Tcp(io, read, counted), None, Some(&sni)).await
-            }
-            Spoken::Opaque(read, Some((route, opened, speech))) => {
-                route.forward(Client::Tcp(io, read, counted), Some((opened, speech)), None).await
-            }
-            Spoken::Opaque(read, None) => {
-                let route = found.tcp().get().route(None)?;
-                route.forward(Client::Tcp(io, read, counted), None, None).await
-            }
-        }
+        // In boxes, so that a connection has memory for the stage that it is in, and none for those behind it.
+        let spoken = Box::pin(protocol::decide(&self.rt, &found, &mut io)).await;
+        let serving: BoxFuture<'_, _> =
+            match spoken.map_err(|error| error.during(Phase::Detect))? {
+                Spoken::Http(version, read) => {
+                    let routing = Routing::Fixed(Arc::new(found));
+                    Box::pin(self.http(version, counted.around(PrefixedIo::new(read, io)), routing, drain))
+                }
+                Spoken::Tls(sni, read) => Box::pin(async move {
+                    let route = found.tcp().get().route(Some(&sni))?;
+                    route.forward(Client::Tcp(io, read, counted), None, Some(&sni)).await
+                }),
+                Spoken::Opaque(read, Some((route, opened, speech))) => Box::pin(async move {
+                    route.forward(Client::Tcp(io, read, counted), Some((opened, speech)), None).await
+                }),
+                Spoken::Opaque(read, None) => Box::pin(async move {
+                    let route = found.tcp().get().route(None)?;
+                    route.forward(Client::Tcp(io, read, counted), None, None).await
+                }),
+            };
+        serving.await
     }
 
     /// A connection to a destination that could not be looked up. Clients that speak HTTP are told why; the connection
@@ -213,7 +217,8 @@ impl Outbound {
     ) -> Result<(), Error> {
         match protocol::http(UNKNOWN_DETECT.min(self.rt.config.detect_timeout), &mut io).await {
             Ok((Some(version), read)) => {
-                self.http(version, counted.around(PrefixedIo::new(read, io)), Routing::Unknown(error), drain).await
+                let io = counted.around(PrefixedIo::new(read, io));
+                Box::pin(self.http(version, io, Routing::Unknown(error), drain)).await
             }
             Ok((None, _)) | Err(_) => Err(error),
         }
@@ -249,7 +254,7 @@ impl Outbound {
             return Err(Cause::BadRequest(why.into()).into());
         };
         let routing = Routing::Explicit(Named::new(self.discover.clone()));
-        self.http(version, counted.around(PrefixedIo::new(read, io)), routing, drain).await
+        Box::pin(self.http(version, counted.around(PrefixedIo::new(read, io)), routing, drain)).await
     }
 
     /// Ingress mode (behaviour.md D.15): always HTTP if it looks so, else opaque by the original destination.
@@ -263,12 +268,12 @@ impl Outbound {
         match protocol::http(self.rt.config.detect_timeout, &mut io).await? {
             (Some(version), read) => {
                 let routing = Routing::Ingress(Named::new(self.discover.clone()), Target::Addr(target));
-                self.http(version, counted.around(PrefixedIo::new(read, io)), routing, drain).await
+                Box::pin(self.http(version, counted.around(PrefixedIo::new(read, io)), routing, drain)).await
             }
             (None, read) => {
                 let found = self.discover.find(Target::Addr(target)).await?;
                 let route = found.tcp().get().route(None)?;
-                route.forward(Client::Tcp(io, read, counted), None, None).await
+                Box::pin(route.forward(Client::Tcp(io, read, counted), None, None)).await
             }
         }
     }
@@ -318,7 +323,7 @@ impl gateway::Outbound for Outbound {
         self.http_for(target)
     }
 
-    fn opaque(&self, target: Target, io: BoxedIo) -> futures_util::future::BoxFuture<'static, Result<(), Error>> {
+    fn opaque(&self, target: Target, io: BoxedIo) -> BoxFuture<'static, Result<(), Error>> {
         let this = self.clone();
         Box::pin(async move { this.opaque_for(target, io).await })
     }

@@ -28,9 +28,9 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-/// A connection is quiet this long before it rests. Clients in the middle of their work ask again sooner; making a codec
-/// costs two microseconds, and a busy connection looks at its timer this often.
-pub(super) const QUIET: Duration = Duration::from_millis(250);
+/// A connection is quiet this long before it rests: longer than the pauses of a client in the middle of its work, since
+/// making a codec costs a microsecond or two, and short, since until then the buffers of all that come and go are held.
+pub(super) const QUIET: Duration = Duration::from_millis(100);
 
 /// What a connection's exchanges and its stream tell of themselves.
 #[derive(Debug, Default)]
@@ -181,8 +181,9 @@ impl<I: Io> Stream<I> {
     ) -> io::Result<Option<Self>> {
         let Self { io, activity } = self;
         let (unread, mut io) = io.into_parts();
-        // What is left of the prefix was not read yet, so nothing was read beyond it.
-        let mut prefix = if rest.is_empty() { unread } else { rest };
+        // What is left of the prefix was not read yet, so nothing was read beyond it. An empty `rest` goes at once: it
+        // keeps the codec's buffer.
+        let mut prefix = Some(rest).filter(|rest| !rest.is_empty()).unwrap_or(unread);
         if prefix.is_empty() {
             prefix = poll_fn(|cx| {
                 if end.as_mut().poll(cx).is_ready() {
