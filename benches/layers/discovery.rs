@@ -40,7 +40,7 @@ pub(crate) fn benches(c: &mut Criterion) {
     group.bench_function("resolve_10_endpoints", |b| {
         b.iter(|| {
             let mut resolution = standalone.resolve("svc-17.bench.svc.cluster.local:80");
-            let update = runtime.block_on(resolution.0.recv());
+            let update = runtime.block_on(resolution.updates.recv());
             assert!(matches!(&update, Some(Update::Reset(set) | Update::Add(set)) if set.len() >= 9), "{update:?}");
         });
     });

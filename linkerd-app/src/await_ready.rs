@@ -1,6 +1,7 @@
 //! `await`: runs a command once the proxy beside it is ready, and may ask the proxy to shut down when the command ends
 //! (contract.md 5.5), so that a Job's pod can end.
 
+use crate::probe;
 use std::{
     ffi::OsString,
     io,
@@ -10,16 +11,12 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
     signal::unix::{SignalKind, signal},
     time::{Instant, sleep, timeout, timeout_at},
 };
 
 /// Longest that one try may take.
 const TRY: Duration = Duration::from_secs(5);
-/// The status line fits; no more of an answer is read.
-const STATUS_LINE: usize = 32;
 /// Exit code after the timeout (`EX_UNAVAILABLE`).
 const EXIT_UNAVAILABLE: u8 = 69;
 /// Exit code when the system refuses something (`EX_OSERR`).
@@ -146,15 +143,7 @@ async fn ask(options: &Options, method: &str, path: &str) -> io::Result<u16> {
             .map(|ip| SocketAddr::new(ip, port))
             .to_vec(),
     };
-    let mut io = TcpStream::connect(&local[..]).await?;
-    let request =
-        format!("{method} {path} HTTP/1.1\r\nhost: localhost:{port}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
-    io.write_all(request.as_bytes()).await?;
-    let mut answer = Vec::with_capacity(STATUS_LINE);
-    (&mut io).take(STATUS_LINE as u64).read_to_end(&mut answer).await?;
-    let status = answer.strip_prefix(b"HTTP/1.").and_then(|rest| rest.get(2..5));
-    let status = status.and_then(|digits| std::str::from_utf8(digits).ok()?.parse().ok());
-    status.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "the answer is not HTTP/1"))
+    probe::status(&local, method, path, &format!("localhost:{port}")).await
 }
 
 /// Runs a child to its end and hands SIGTERM on to it. SIGINT reaches it from the terminal by itself.
@@ -198,6 +187,7 @@ mod kill {
 mod tests {
     use super::*;
     use std::sync::{Arc, Mutex};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
 
     /// A proxy whose first answers are 503, and the request lines that it saw.

@@ -1,9 +1,13 @@
 //! Why a request or a connection ended other than it was meant to: one closed enum.
 //!
 //! Everything that has to be decided from a failure (HTTP status, gRPC code, whether the client's connection is
-//! closed, metric labels, whether a retry is safe) is one `match` over [`Cause`] without a wildcard, so that a new cause
-//! cannot be forgotten anywhere. Stages add what they know with [`Error::context`]; the chain is what
+//! closed, metric labels, whether it is the endpoint's) is in one table, [`facts`], and the code that operators see in
+//! another, [`Code::of`]: matches over [`Cause`] without a wildcard, so that a new cause cannot be forgotten. Stages add what they know with [`Error::context`]; the chain is what
 //! `l5d-proxy-error` and the log show.
+
+mod facts;
+
+pub use self::facts::{Facts, facts};
 
 use crate::telemetry::termination::{Code, Phase};
 use http::{HeaderValue, StatusCode};
@@ -26,9 +30,9 @@ struct Inner {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Cause {
     /// Nothing was ready for the whole failfast timeout.
-    FailFast,
+    FailFast(Lack),
     /// Refused at once, because of an earlier failfast or a full queue.
-    LoadShed,
+    LoadShed(Lack),
     /// The route's whole-request deadline passed.
     RequestTimeout(Duration),
     /// One attempt took longer than `backendRequest` allows.
@@ -132,6 +136,23 @@ pub enum Cause {
     Unexpected(Arc<str>),
 }
 
+/// What a request that nothing could take was lacking. It does not change the answer's status, only what is told.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Lack {
+    /// Nobody knows more.
+    Readiness,
+    /// There is no endpoint.
+    Endpoints,
+    /// Circuit breakers hold endpoints back.
+    Admission,
+    /// No endpoint is connected.
+    Connection,
+    /// What is known of endpoints may be out of date: discovery is away.
+    Discovery,
+    /// The queue is full.
+    Room,
+}
+
 /// Buckets of a local rate limit.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
 pub enum RateLimitScope {
@@ -193,8 +214,8 @@ impl std::error::Error for Error {}
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::FailFast => f.write_str("service in fail-fast"),
-            Self::LoadShed => f.write_str("service unavailable"),
+            Self::FailFast(_) => f.write_str("service in fail-fast"),
+            Self::LoadShed(_) => f.write_str("service unavailable"),
             Self::RequestTimeout(t) => write!(f, "request timeout: not complete within {t:?}"),
             Self::BackendRequestTimeout(t) => write!(f, "backend request timeout: not complete within {t:?}"),
             Self::ResponseTimeout(t) => write!(f, "response timeout: not complete within {t:?}"),

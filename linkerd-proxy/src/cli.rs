@@ -30,21 +30,14 @@ pub(crate) enum Command {
     Validate(Validate),
 }
 
+/// What is said of a mesh beside its manifests.
 #[derive(Debug, Args)]
 pub(crate) struct Mesh {
-    /// Folder of manifests; may be given several times, later folders win.
-    #[arg(long = "manifests", value_name = "DIR", required = true)]
-    pub(crate) manifests: Vec<PathBuf>,
-    /// Folder of another cluster's manifests, for federated Services: NAME=DIR, and after commas where they differ from
-    /// ours trust-domain=NAME, cluster-domain=NAME, control-plane-namespace=NAME. May be given several times.
+    /// Folder of another cluster's manifests, for Links and federated Services: NAME=DIR, and after commas where they
+    /// differ from ours and no Link or Secret tells, trust-domain=NAME, cluster-domain=NAME,
+    /// control-plane-namespace=NAME. May be given several times.
     #[arg(long = "cluster", value_name = "NAME=DIR")]
     pub(crate) clusters: Vec<String>,
-    #[command(flatten)]
-    pub(crate) names: Names,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Names {
     /// Trust domain of identities.
     #[arg(long, value_name = "NAME", default_value = "cluster.local")]
     pub(crate) trust_domain: String,
@@ -54,10 +47,28 @@ pub(crate) struct Names {
     /// Range from which Services without a clusterIP get one; once for IPv4 and once for IPv6.
     #[arg(long = "service-range", value_name = "CIDR")]
     pub(crate) service_ranges: Vec<String>,
+    /// Namespace of the control plane: a part of identities, and the label of Pods that have a proxy.
+    #[arg(long, value_name = "NAME", default_value = "linkerd")]
+    pub(crate) control_plane_namespace: String,
+    /// Namespace whose EgressNetworks count for namespaces that have none.
+    #[arg(long, value_name = "NAME", default_value = "linkerd-egress")]
+    pub(crate) global_egress_network_namespace: String,
+    /// Networks that probes come from, where ports have no routes of their own; any if not given.
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    pub(crate) probe_networks: Vec<ipnet::IpNet>,
+    /// Honour the request headers l5d-timeout, l5d-response-timeout and l5d-retry-*.
+    #[arg(long)]
+    pub(crate) allow_l5d_request_headers: bool,
+    /// Use the IPv6 address of Pods that have both.
+    #[arg(long)]
+    pub(crate) prefer_ipv6: bool,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Run {
+    /// Folder of manifests; may be given several times, later folders win.
+    #[arg(long = "manifests", value_name = "DIR", required = true)]
+    pub(crate) manifests: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) mesh: Mesh,
     /// The Pod that this proxy stands beside.
@@ -74,7 +85,7 @@ pub(crate) struct Check {
     #[arg(value_name = "DIR", required = true)]
     pub(crate) dirs: Vec<PathBuf>,
     #[command(flatten)]
-    pub(crate) names: Names,
+    pub(crate) mesh: Mesh,
 }
 
 #[derive(Debug, Subcommand)]

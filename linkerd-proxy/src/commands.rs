@@ -1,14 +1,18 @@
 //! What each command does: arguments in, exit code out. The work itself is linkerd-app's.
 
 use crate::{
-    cli::{Await, Check, Cli, Command, Identity, Names, Redirect, Run, Validate},
+    cli::{Await, Check, Cli, Command, Identity, Mesh, Redirect, Run, Validate},
     memory, runtime, secrecy,
 };
 use clap::Parser;
 use linkerd_app::{
     app::{App, Home, Parts},
     await_ready,
-    config::{self, Config, env as environment, syntax},
+    config::{
+        self, Config,
+        env::{self as environment, Class, Invalid, Process},
+        syntax,
+    },
     redirect,
     standalone::{self, Standalone},
     telemetry::{
@@ -61,7 +65,8 @@ pub(crate) fn dispatch(args: impl Iterator<Item = OsString>) -> ExitCode {
 
 /// The Linkerd proxy: everything from the environment.
 pub(crate) fn linkerd() -> ExitCode {
-    let log = match init_log() {
+    let process = environment::process(&|name| std::env::var_os(name));
+    let log = match init_log(&process) {
         Ok(log) => log,
         Err(code) => return code,
     };
@@ -74,15 +79,16 @@ pub(crate) fn linkerd() -> ExitCode {
             return code;
         }
     };
-    match runtime::traffic() {
-        Ok(traffic) => serve(config, Home::Linkerd, log, traffic),
+    match runtime::traffic(&process) {
+        Ok(traffic) => serve(config, Home::Linkerd, log, &process, traffic),
         Err(error) => failure(&format!("cannot start the runtime: {error}")),
     }
 }
 
 /// The proxy beside a workload of a folder of manifests.
 fn run(args: Run) -> ExitCode {
-    let log = match init_log() {
+    let process = environment::process(&|name| std::env::var_os(name));
+    let log = match init_log(&process) {
         Ok(log) => log,
         Err(code) => return code,
     };
@@ -94,18 +100,11 @@ fn run(args: Run) -> ExitCode {
     else {
         return usage(&format!("--workload {:?}: expected NAMESPACE/POD", args.workload));
     };
-    let settings = match settings(&args.mesh.names, &config) {
-        Ok(settings) => settings,
+    let (folders, settings) = match mesh(args.manifests, &args.mesh, &config) {
+        Ok(mesh) => mesh,
         Err(why) => return usage(&why),
     };
-    let mut folders = folders(args.mesh.manifests);
-    for text in &args.mesh.clusters {
-        match cluster(text, &settings) {
-            Ok(folder) => folders.push(folder),
-            Err(why) => return usage(&format!("--cluster {text:?}: {why}")),
-        }
-    }
-    let traffic = match runtime::traffic() {
+    let traffic = match runtime::traffic(&process) {
         Ok(traffic) => traffic,
         Err(error) => return failure(&format!("cannot start the runtime: {error}")),
     };
@@ -136,7 +135,7 @@ fn run(args: Run) -> ExitCode {
         config.inbound.ips = Arc::new(workload.addresses.iter().copied().collect());
     }
     config.inbound.ports.extend(workload.ports.iter().map(|(port, _)| *port));
-    serve(config, Home::Standalone(standalone), log, traffic)
+    serve(config, Home::Standalone(standalone), log, &process, traffic)
 }
 
 /// Bounds on the time between certifications where the environment says nothing (contract.md 1.7).
@@ -146,14 +145,14 @@ const MAX_REFRESH: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long the end of the tasks that are left is waited for.
 const CUT: Duration = Duration::from_secs(1);
 
-fn serve(config: Config, home: Home, log: log::Handle, traffic: Runtime) -> ExitCode {
+fn serve(config: Config, home: Home, log: log::Handle, process: &Process, traffic: Runtime) -> ExitCode {
     if !config.core_dumps {
         secrecy::keep();
     }
     memory::small_pages();
     let telemetry = Telemetry::new(config.metrics);
     let env = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect();
-    let access_log = match access_log(&telemetry) {
+    let access_log = match access_log(process, &telemetry) {
         Ok(access_log) => access_log,
         Err(error) => return failure(&format!("access log: {error}")),
     };
@@ -161,17 +160,20 @@ fn serve(config: Config, home: Home, log: log::Handle, traffic: Runtime) -> Exit
         Ok(daemon) => daemon,
         Err(error) => return failure(&format!("cannot start the admin runtime: {error}")),
     };
-    let parts = Parts { config, home, telemetry, access_log: access_log.clone(), log, env };
+    let beside = daemon.handle().clone();
+    let parts = Parts { config, home, telemetry, access_log: access_log.clone(), log, env, beside };
     let built = {
         let _entered = traffic.enter();
-        App::build(parts).map_err(|error| error.to_string()).and_then(|built| {
-            let signals = signals().map_err(|error| format!("cannot handle signals: {error}"))?;
-            Ok((built, signals))
-        })
+        (App::build(parts), signals())
     };
-    let ((app, beside), signals) = match built {
-        Ok(built) => built,
-        Err(why) => return failure(&why),
+    let (app, beside, signals) = match built {
+        (Ok((app, beside)), Ok(signals)) => (app, beside, signals),
+        (Err(error), _) => {
+            let fault =
+                error.fault().map(|fault| invalid(&Invalid { class: Class::InvalidVariable, faults: vec![fault] }));
+            return fault.unwrap_or_else(|| failure(&error.to_string()));
+        }
+        (_, Err(error)) => return failure(&format!("cannot handle signals: {error}")),
     };
     let thread = std::thread::Builder::new().name("admin".into());
     if let Err(error) = thread.spawn(move || daemon.block_on(beside.run())) {
@@ -202,10 +204,8 @@ fn signals() -> std::io::Result<mpsc::Receiver<&'static str>> {
     Ok(rx)
 }
 
-fn init_log() -> Result<log::Handle, ExitCode> {
-    let filter = std::env::var("LINKERD2_PROXY_LOG").ok();
-    let format = log::Format::parse(&std::env::var("LINKERD2_PROXY_LOG_FORMAT").unwrap_or_default());
-    match log::init(filter.as_deref(), format) {
+fn init_log(process: &Process) -> Result<log::Handle, ExitCode> {
+    match log::init(process.log.as_deref(), log::Format::parse(&process.log_format)) {
         Ok(handle) => {
             tracing::info!(
                 "{} {} {} ({})",
@@ -214,6 +214,7 @@ fn init_log() -> Result<log::Handle, ExitCode> {
                 option_env!("LINKERD_PROXY_GIT_SHA").filter(|sha| !sha.is_empty()).unwrap_or("unknown"),
                 env!("CARGO_PKG_NAME"),
             );
+            warn(&process.warnings);
             Ok(handle)
         }
         Err(error) => {
@@ -223,8 +224,8 @@ fn init_log() -> Result<log::Handle, ExitCode> {
     }
 }
 
-fn access_log(telemetry: &Telemetry) -> std::io::Result<AccessLog> {
-    let Ok(format) = std::env::var("LINKERD2_PROXY_ACCESS_LOG") else { return Ok(AccessLog::off()) };
+fn access_log(process: &Process, telemetry: &Telemetry) -> std::io::Result<AccessLog> {
+    let Some(format) = &process.access_log else { return Ok(AccessLog::off()) };
     match format.parse::<access::Format>() {
         Ok(format) => AccessLog::start(format, telemetry.access_log_drops()),
         Err(error) => {
@@ -238,42 +239,53 @@ fn read_environment(mode: environment::Mode) -> Result<Config, ExitCode> {
     let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
     match environment::parse(&|name| std::env::var_os(name), names, mode) {
         Ok(parsed) => {
-            for warning in parsed.warnings {
-                tracing::warn!(target: "linkerd_app::env", "{warning}");
-            }
+            warn(&parsed.warnings);
             Ok(parsed.config)
         }
-        Err(invalid) => {
-            for fault in &invalid.faults {
-                tracing::error!(target: "linkerd_app::env", "{fault}");
-            }
-            eprintln!("Invalid configuration: {invalid}");
-            Err(EXIT_USAGE.into())
-        }
+        Err(error) => Err(invalid(&error)),
     }
 }
 
-fn folders(paths: Vec<PathBuf>) -> Vec<standalone::Folder> {
-    paths.into_iter().map(|path| standalone::Folder { path, cluster: None }).collect()
+fn warn(warnings: &[String]) {
+    for warning in warnings {
+        tracing::warn!(target: "linkerd_app::env", "{warning}");
+    }
+}
+
+/// Says what is wrong with the environment, in the log and on stderr.
+fn invalid(error: &Invalid) -> ExitCode {
+    for fault in &error.faults {
+        tracing::error!(target: "linkerd_app::env", "{fault}");
+    }
+    eprintln!("Invalid configuration: {error}");
+    EXIT_USAGE.into()
+}
+
+/// The folders of all clusters, and what is said of ours.
+fn mesh(
+    own: Vec<PathBuf>,
+    args: &Mesh,
+    config: &Config,
+) -> Result<(Vec<standalone::Folder>, standalone::Settings), String> {
+    let mut folders: Vec<_> = own.into_iter().map(|path| standalone::Folder { path, cluster: None }).collect();
+    for text in &args.clusters {
+        folders.push(cluster(text).map_err(|why| format!("--cluster {text:?}: {why}"))?);
+    }
+    Ok((folders, settings(args, config)?))
 }
 
 /// `NAME=DIR[,trust-domain=NAME][,cluster-domain=NAME][,control-plane-namespace=NAME]`
-fn cluster(text: &str, settings: &standalone::Settings) -> Result<standalone::Folder, String> {
+fn cluster(text: &str) -> Result<standalone::Folder, String> {
     let mut parts = text.split(',');
     let first = parts.next().and_then(|first| first.split_once('='));
     let (name, dir) =
         first.filter(|(name, dir)| !name.is_empty() && !dir.is_empty()).ok_or("expected NAME=DIR at its start")?;
-    let mut cluster = standalone::Cluster {
-        name: name.into(),
-        trust_domain: settings.trust_domain.clone(),
-        cluster_domain: settings.cluster_domain.clone(),
-        control_plane_namespace: settings.control_plane_namespace.clone(),
-    };
+    let mut cluster = standalone::Cluster { name: name.into(), ..standalone::Cluster::default() };
     for part in parts {
         match part.split_once('=') {
-            Some(("trust-domain", value)) => cluster.trust_domain = value.into(),
-            Some(("cluster-domain", value)) => cluster.cluster_domain = value.into(),
-            Some(("control-plane-namespace", value)) => cluster.control_plane_namespace = value.into(),
+            Some(("trust-domain", value)) => cluster.trust_domain = Some(value.into()),
+            Some(("cluster-domain", value)) => cluster.cluster_domain = Some(value.into()),
+            Some(("control-plane-namespace", value)) => cluster.control_plane_namespace = Some(value.into()),
             _ => return Err(format!("{part:?} is none of trust-domain=, cluster-domain=, control-plane-namespace=")),
         }
     }
@@ -281,10 +293,14 @@ fn cluster(text: &str, settings: &standalone::Settings) -> Result<standalone::Fo
 }
 
 /// What flags and environment say, over Linkerd's defaults.
-fn settings(names: &Names, config: &Config) -> Result<standalone::Settings, String> {
+fn settings(args: &Mesh, config: &Config) -> Result<standalone::Settings, String> {
     let mut settings = standalone::Settings {
-        trust_domain: names.trust_domain.as_str().into(),
-        cluster_domain: names.cluster_domain.as_str().into(),
+        trust_domain: args.trust_domain.as_str().into(),
+        cluster_domain: args.cluster_domain.as_str().into(),
+        control_plane_namespace: args.control_plane_namespace.as_str().into(),
+        egress_namespace: args.global_egress_network_namespace.as_str().into(),
+        l5d_headers: args.allow_l5d_request_headers,
+        prefer_ipv6: args.prefer_ipv6,
         default_policy: config.inbound.default_policy,
         inbound_detect_timeout: config.inbound.detect_timeout,
         outbound_detect_timeout: config.outbound.detect_timeout,
@@ -296,7 +312,10 @@ fn settings(names: &Names, config: &Config) -> Result<standalone::Settings, Stri
     if !config.inbound.opaque_ports.is_empty() {
         settings.opaque_ports = config.inbound.opaque_ports.clone();
     }
-    for range in &names.service_ranges {
+    if !args.probe_networks.is_empty() {
+        settings.probe_networks = args.probe_networks.clone();
+    }
+    for range in &args.service_ranges {
         match range.parse() {
             Ok(ipnet::IpNet::V4(net)) => settings.service_range.v4 = net,
             Ok(ipnet::IpNet::V6(net)) => settings.service_range.v6 = net,
@@ -311,11 +330,11 @@ fn check(args: Check) -> ExitCode {
         Ok(config) => config,
         Err(code) => return code,
     };
-    let settings = match settings(&args.names, &config) {
-        Ok(settings) => settings,
+    let (folders, settings) = match mesh(args.dirs, &args.mesh, &config) {
+        Ok(mesh) => mesh,
         Err(why) => return usage(&why),
     };
-    let report = standalone::check_with(&folders(args.dirs), &settings);
+    let report = standalone::check_with(&folders, &settings);
     println!("{report}");
     if report.errors() > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }

@@ -1,14 +1,15 @@
 //! How many worker threads serve traffic (contract.md 1.13), and the runtimes that they are.
 
-use std::{env, fs, io};
+use linkerd_app::config::env::Process;
+use std::{fs, io};
 use tokio::runtime::{Builder, Runtime};
 
 /// The runtime for traffic: one worker is a single-threaded runtime on the calling thread.
 ///
 /// # Errors
 /// The system's, when threads or the event queue can't be made.
-pub(crate) fn traffic() -> io::Result<Runtime> {
-    let workers = workers();
+pub(crate) fn traffic(process: &Process) -> io::Result<Runtime> {
+    let workers = choose(cpus(), process.cores_max, process.cores_ratio, process.cores_min);
     if workers == 1 {
         tracing::info!("Using single-threaded proxy runtime");
         Builder::new_current_thread().enable_all().build()
@@ -27,36 +28,11 @@ pub(crate) fn daemon() -> io::Result<Runtime> {
     Builder::new_current_thread().enable_all().thread_name("admin").build()
 }
 
-fn workers() -> usize {
-    let cpus = cpus();
-    let max = count("LINKERD2_PROXY_CORES_MAX");
-    let ratio = env::var("LINKERD2_PROXY_CORES_MAX_RATIO").ok().and_then(|text| match text.parse::<f64>() {
-        Ok(ratio) if ratio > 0.0 && ratio <= 1.0 => Some(ratio),
-        _ => {
-            tracing::warn!(value = %text, "LINKERD2_PROXY_CORES_MAX_RATIO must be above 0 and at most 1; ignored");
-            None
-        }
-    });
-    let min = count("LINKERD2_PROXY_CORES_MIN").or_else(|| count("LINKERD2_PROXY_CORES")).unwrap_or(1);
-    choose(cpus, max, ratio, min)
-}
-
 /// `MAX`, else the share of the CPUs, else 1; raised to `MIN`; capped to the CPUs.
 fn choose(cpus: usize, max: Option<usize>, ratio: Option<f64>, min: usize) -> usize {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 < ratio <= 1 of a CPU count")]
     let share = ratio.map(|ratio| (cpus as f64 * ratio).round() as usize);
     max.or(share).unwrap_or(1).max(min).clamp(1, cpus.max(1))
-}
-
-fn count(name: &str) -> Option<usize> {
-    let text = env::var(name).ok()?;
-    match text.parse() {
-        Ok(n) if n >= 1 => Some(n),
-        _ => {
-            tracing::warn!(%name, value = %text, "must be a whole number of at least 1; ignored");
-            None
-        }
-    }
 }
 
 /// The affinity mask's CPUs, limited by the cgroup's quota (v2, then v1), rounded up.

@@ -34,6 +34,12 @@ impl<I> PrefixedIo<I> {
         &self.prefix
     }
 
+    /// Puts bytes back that were read, to be read again before anything else.
+    pub(crate) fn unread(&mut self, read: Bytes) {
+        self.prefix =
+            if self.prefix.is_empty() { read } else { [read, std::mem::take(&mut self.prefix)].concat().into() };
+    }
+
     /// The stream behind the prefix.
     pub fn get_ref(&self) -> &I {
         &self.inner

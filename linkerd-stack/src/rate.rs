@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_million_keys_are_bounded() {
+    async fn keys_without_room_share_a_bucket_until_idle_ones_make_room() {
         let keyed = Keyed::with_max_keys(rps(1), 1_600);
         for key in 0..100_000u32 {
             let _ = keyed.check(&key);

@@ -237,7 +237,14 @@ impl Issuer {
     /// When the request is malformed, its signature is not by its key, or it asks for other names; and when the issuer is
     /// past its time.
     pub fn issue_for(&self, csr_der: &[u8], id: &Id) -> Result<Issued, Invalid> {
-        let now = SystemTime::now();
+        self.issue_for_at(csr_der, id, SystemTime::now())
+    }
+
+    /// As [`Issuer::issue_for`], by a clock that shows `now`.
+    ///
+    /// # Errors
+    /// As [`Issuer::issue_for`].
+    pub fn issue_for_at(&self, csr_der: &[u8], id: &Id, now: SystemTime) -> Result<Issued, Invalid> {
         let refused = |e: rcgen::Error| Invalid::Request(e.to_string());
         let mut request =
             CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(csr_der)).map_err(refused)?;

@@ -1,25 +1,32 @@
 //! The identity of this process: one writer that installs what issuers hand over, many readers that shake hands with it.
 //!
 //! Readers see a change at their next handshake; connections that exist keep what they were made with. TLS 1.3 alone, no
-//! 0-RTT, and for now no resumption: tickets would have to be bound to the identity they were issued to and die with the
-//! anchors or certificate that vouched for it, so their store belongs into `State`, which is rebuilt on each such change.
+//! 0-RTT.
+//!
+//! Sessions are resumed, which spares both ends the certificates' signatures. A ticket stands for what the full handshake
+//! proved, and for no longer than that holds: the server's keys for tickets and the client's store of them are parts of
+//! what is built anew when certificate or anchors change, and the time of the peer's certificates is looked at again each
+//! time. A fresh key exchange is part of every resumption. Tickets are made only for clients that ask for them (RFC
+//! 9149), so peers without resumption pay nothing for it.
 
 use crate::{
     Certificate, ClientIo, Id, ServerIo, ServerName, TrustAnchors,
     error::{Error, Invalid},
+    tickets::Tickets,
     verify::{self, ClientVerifier, ServerVerifier},
 };
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use rustls::{
-    ClientConfig, ServerConfig, SignatureAlgorithm,
-    client::Resumption,
+    ClientConfig, CommonState, HandshakeKind, ServerConfig, SignatureAlgorithm,
+    client::{Resumption, TicketRequest},
     crypto::{CryptoProvider, aws_lc_rs},
     pki_types::{self, CertificateDer},
     sign::{CertifiedKey, SingleCertAndKey},
+    time_provider::{DefaultTimeProvider, TimeProvider},
 };
 use std::{
     fmt,
-    sync::{Arc, LazyLock},
+    sync::{Arc, LazyLock, Weak},
     time::{Duration, SystemTime},
 };
 use tokio::{
@@ -34,6 +41,13 @@ pub const TRANSPORT_HEADER_ALPN: &[u8] = b"transport.l5d.io/v1";
 /// Longest time that a client may take over its side of a handshake. The same bound as for detection: a client that is
 /// this slow holds a socket and buffers for nothing.
 pub const ACCEPT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Tickets that a client asks for: two after a full handshake, so that a second connection at the same time finds one, and
+/// one in place of each that it used.
+const TICKETS: TicketRequest = TicketRequest { new_session_count: 2, resumption_count: 1 };
+
+/// Most tickets for one handshake, whatever a client asks for: each costs up to 2 KiB on the wire.
+const MAX_TICKETS: usize = 2;
 
 /// Algorithms of behaviour.md B.1, in order of preference.
 static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
@@ -93,6 +107,8 @@ pub struct Accepted {
     pub client_id: Option<Id>,
     /// Whether a transport header follows.
     pub transport_header: bool,
+    /// Whether the identity was proved by an earlier handshake, whose session goes on.
+    pub resumed: bool,
 }
 
 /// Whom to connect to.
@@ -111,6 +127,8 @@ pub struct ClientTls {
 pub struct Connected {
     /// Whether the server takes a transport header; it was offered and chosen.
     pub transport_header: bool,
+    /// Whether the identity was proved by an earlier handshake, whose session goes on.
+    pub resumed: bool,
 }
 
 /// Installs certificates and trust anchors.
@@ -127,10 +145,25 @@ pub struct Reader {
     expiry: watch::Receiver<Option<SystemTime>>,
 }
 
+/// Shakes hands with one target, and keeps the tickets that were issued for it.
+#[derive(Debug)]
+pub struct Client {
+    shared: Arc<Shared>,
+    target: ClientTls,
+    made: ArcSwapOption<Made>,
+}
+
 struct Shared {
     id: Id,
     server_name: ServerName,
     state: ArcSwap<State>,
+    time: Arc<dyn TimeProvider>,
+}
+
+/// What a client uses as long as a state is in force.
+struct Made {
+    of: Weak<State>,
+    config: Arc<ClientConfig>,
 }
 
 /// Everything that depends on certificate and anchors; built anew when either changes.
@@ -139,8 +172,6 @@ struct State {
     certificate: Option<Installed>,
     /// Present with a certificate.
     server: Option<Server>,
-    /// Verifies nobody: each connection puts in the verifier for the identity that it demands.
-    client: ClientConfig,
 }
 
 #[derive(Clone)]
@@ -156,8 +187,13 @@ struct Server {
 
 /// The identity of a process that has no certificate yet.
 pub fn channel(id: Id, server_name: ServerName, roots: TrustAnchors) -> (Writer, Reader) {
-    let state = ArcSwap::from_pointee(State::new(roots, None));
-    let shared = Arc::new(Shared { id, server_name, state });
+    channel_by(Arc::new(DefaultTimeProvider), id, server_name, roots)
+}
+
+/// By a given clock.
+fn channel_by(time: Arc<dyn TimeProvider>, id: Id, server_name: ServerName, roots: TrustAnchors) -> (Writer, Reader) {
+    let state = ArcSwap::from_pointee(State::new(&time, roots, None));
+    let shared = Arc::new(Shared { id, server_name, state, time });
     let (tx, rx) = watch::channel(None);
     (Writer { shared: shared.clone(), expiry: tx }, Reader { shared, expiry: rx })
 }
@@ -186,7 +222,7 @@ impl Writer {
     /// it: those with the old ones still take it.
     pub fn set_trust_anchors(&mut self, roots: TrustAnchors) {
         let certificate = self.shared.state.load().certificate.clone();
-        self.shared.state.store(Arc::new(State::new(roots, certificate)));
+        self.shared.state.store(Arc::new(State::new(&self.shared.time, roots, certificate)));
     }
 
     /// Replaces anchors and certificate in one step, so that no handshake sees the one without the other.
@@ -196,7 +232,7 @@ impl Writer {
     pub fn set(&mut self, roots: TrustAnchors, certificate: Certificate) -> Result<(), Error> {
         let installed = Installed::new(&roots, certificate, &self.shared.id)?;
         let expiry = installed.expiry;
-        self.shared.state.store(Arc::new(State::new(roots, Some(installed))));
+        self.shared.state.store(Arc::new(State::new(&self.shared.time, roots, Some(installed))));
         self.expiry.send_replace(Some(expiry));
         Ok(())
     }
@@ -255,7 +291,8 @@ impl Reader {
     where
         I: AsyncRead + AsyncWrite + Unpin,
     {
-        let config = match (&self.shared.state.load().server, alpn) {
+        let state = self.shared.state.load_full();
+        let config = match (&state.server, alpn) {
             (None, _) => return Err(Error::NoCertificate),
             (Some(server), Alpn::None) => server.plain.clone(),
             (Some(server), Alpn::TransportHeader) => server.transport_header.clone(),
@@ -265,12 +302,25 @@ impl Reader {
             .map_err(|_| Error::HandshakeTimeout(ACCEPT_TIMEOUT))?
             .map_err(Error::handshake)?;
         let session = io.get_ref().1;
+        let resumed = self.shared.resumed(session, &state.roots, verify::Role::Client)?;
         let client_id = match session.peer_certificates().and_then(|chain| chain.first()) {
             Some(leaf) => verify::ids(leaf).map_err(Error::Peer)?.into_iter().next(),
             None => None,
         };
         let transport_header = session.alpn_protocol() == Some(TRANSPORT_HEADER_ALPN);
-        Ok((Accepted { client_id, transport_header }, ServerIo::new(io)))
+        Ok((Accepted { client_id, transport_header, resumed }, ServerIo::new(io)))
+    }
+
+    /// A client for one target, to be kept as long as connections to it may be made.
+    pub fn client(&self, target: ClientTls) -> Client {
+        Client { shared: self.shared.clone(), target, made: ArcSwapOption::empty() }
+    }
+}
+
+impl Client {
+    /// Whom it connects to.
+    pub fn target(&self) -> &ClientTls {
+        &self.target
     }
 
     /// Originates TLS; shows the own certificate once there is one. The caller bounds the time. Dropping the future drops
@@ -278,26 +328,46 @@ impl Reader {
     ///
     /// # Errors
     /// When the server's certificate is refused (another identity among others), or the handshake fails otherwise.
-    pub async fn connect<I>(&self, io: I, server: &ClientTls) -> Result<(Connected, ClientIo<I>), Error>
+    pub async fn connect<I>(&self, io: I) -> Result<(Connected, ClientIo<I>), Error>
     where
         I: AsyncRead + AsyncWrite + Unpin,
     {
-        let name = pki_types::ServerName::try_from(server.server_name.as_str().to_owned())
+        let name = pki_types::ServerName::try_from(self.target.server_name.as_str().to_owned())
             .map_err(|e| Error::Handshake(std::io::Error::new(std::io::ErrorKind::InvalidInput, e)))?;
-        let config = {
-            let state = self.shared.state.load();
-            let mut config = state.client.clone();
-            let (roots, id) = (state.roots.clone(), Some(server.server_id.clone()));
-            config.dangerous().set_certificate_verifier(Arc::new(ServerVerifier { roots, id }));
-            if server.transport_header {
-                config.alpn_protocols = vec![TRANSPORT_HEADER_ALPN.to_vec()];
-            }
-            config
-        };
-        let io =
-            tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, io).await.map_err(Error::handshake)?;
-        let transport_header = io.get_ref().1.alpn_protocol() == Some(TRANSPORT_HEADER_ALPN);
-        Ok((Connected { transport_header }, ClientIo::new(io)))
+        let state = self.shared.state.load_full();
+        let connector = tokio_rustls::TlsConnector::from(self.config(&state));
+        let io = connector.connect(name, io).await.map_err(Error::handshake)?;
+        let session = io.get_ref().1;
+        let resumed = self.shared.resumed(session, &state.roots, verify::Role::Server)?;
+        let transport_header = session.alpn_protocol() == Some(TRANSPORT_HEADER_ALPN);
+        Ok((Connected { transport_header, resumed }, ClientIo::new(io)))
+    }
+
+    /// That of the state in force, with its tickets. Two connections may make it at the same time; then one of the two
+    /// goes after its first use.
+    fn config(&self, state: &Arc<State>) -> Arc<ClientConfig> {
+        if let Some(made) = &*self.made.load()
+            && std::ptr::eq(made.of.as_ptr(), Arc::as_ptr(state))
+        {
+            return made.config.clone();
+        }
+        let config = Arc::new(client_config(&self.shared.time, state, &self.target));
+        self.made.store(Some(Arc::new(Made { of: Arc::downgrade(state), config: config.clone() })));
+        config
+    }
+}
+
+impl Shared {
+    /// Whether the session is an earlier one that goes on. What was proved then is only good as long as it lasts.
+    fn resumed(&self, session: &CommonState, roots: &TrustAnchors, peer: verify::Role) -> Result<bool, Error> {
+        if session.handshake_kind() != Some(HandshakeKind::Resumed) {
+            return Ok(false);
+        }
+        if let Some(chain) = session.peer_certificates() {
+            let now = self.time.current_time().ok_or_else(|| Invalid::Chain("the time is not known".into()));
+            now.and_then(|now| verify::still(roots, chain, now, peer)).map_err(Error::Peer)?;
+        }
+        Ok(true)
     }
 }
 
@@ -329,21 +399,25 @@ impl Installed {
 }
 
 impl State {
-    fn new(roots: TrustAnchors, certificate: Option<Installed>) -> Self {
+    fn new(time: &Arc<dyn TimeProvider>, roots: TrustAnchors, certificate: Option<Installed>) -> Self {
         let server = certificate.as_ref().map(|certificate| Server {
-            plain: Arc::new(server_config(&roots, certificate, Alpn::None)),
-            transport_header: Arc::new(server_config(&roots, certificate, Alpn::TransportHeader)),
+            plain: Arc::new(server_config(time, &roots, certificate, Alpn::None)),
+            transport_header: Arc::new(server_config(time, &roots, certificate, Alpn::TransportHeader)),
         });
-        let client = client_config(&roots, certificate.as_ref());
-        Self { roots, certificate, server, client }
+        Self { roots, certificate, server }
     }
 }
 
 /// States the invariant behind the two builders.
 const TLS13: &str = "the provider has TLS 1.3 suites and groups";
 
-fn server_config(roots: &TrustAnchors, certificate: &Installed, alpn: Alpn) -> ServerConfig {
-    let mut config = ServerConfig::builder_with_provider(PROVIDER.clone())
+fn server_config(
+    time: &Arc<dyn TimeProvider>,
+    roots: &TrustAnchors,
+    certificate: &Installed,
+    alpn: Alpn,
+) -> ServerConfig {
+    let mut config = ServerConfig::builder_with_details(PROVIDER.clone(), time.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .expect(TLS13)
         .with_client_cert_verifier(Arc::new(ClientVerifier { roots: roots.clone() }))
@@ -351,25 +425,43 @@ fn server_config(roots: &TrustAnchors, certificate: &Installed, alpn: Alpn) -> S
     if alpn == Alpn::TransportHeader {
         config.alpn_protocols = vec![TRANSPORT_HEADER_ALPN.to_vec()];
     }
-    config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+    // A ticket holds the session itself, encrypted, so that nothing has to be kept here. Its key lives in memory alone,
+    // and not longer than this configuration.
+    match aws_lc_rs::Ticketer::new() {
+        Ok(ticketer) => config.ticketer = ticketer,
+        Err(error) => tracing::warn!(%error, "sessions cannot be resumed for want of randomness"),
+    }
+    config.send_tls13_tickets = 0;
+    config.max_tls13_tickets = MAX_TICKETS;
     config
 }
 
-fn client_config(roots: &TrustAnchors, certificate: Option<&Installed>) -> ClientConfig {
-    let config = ClientConfig::builder_with_provider(PROVIDER.clone())
+fn client_config(time: &Arc<dyn TimeProvider>, state: &State, target: &ClientTls) -> ClientConfig {
+    let verifier = ServerVerifier { roots: state.roots.clone(), id: target.server_id.clone() };
+    let config = ClientConfig::builder_with_details(PROVIDER.clone(), time.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .expect(TLS13)
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(ServerVerifier { roots: roots.clone(), id: None }));
-    let mut config = match certificate {
+        .with_custom_certificate_verifier(Arc::new(verifier));
+    let mut config = match &state.certificate {
         Some(certificate) => {
             config.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(certificate.key.clone())))
         }
         None => config.with_no_client_auth(),
     };
-    config.resumption = Resumption::disabled();
+    if target.transport_header {
+        config.alpn_protocols = vec![TRANSPORT_HEADER_ALPN.to_vec()];
+    }
+    config.resumption = Resumption::store(Arc::new(Tickets::default()));
+    config.send_ticket_request = Some(TICKETS);
     config
+}
+
+impl fmt::Debug for Made {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Made").field("tickets", &self.config.resumption).finish()
+    }
 }
 
 impl fmt::Debug for Shared {
@@ -385,15 +477,18 @@ impl fmt::Debug for Shared {
 }
 
 #[cfg(test)]
+mod resumption;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::ca::tests::Folder;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
-    const WEB: &str = "web.shop.serviceaccount.identity.linkerd.cluster.local";
-    const SPIFFE: &str = "spiffe://cluster.local/machine";
+    pub(super) const WEB: &str = "web.shop.serviceaccount.identity.linkerd.cluster.local";
+    pub(super) const SPIFFE: &str = "spiffe://cluster.local/machine";
 
-    fn id(name: &str) -> Id {
+    pub(super) fn id(name: &str) -> Id {
         name.parse().unwrap()
     }
 
@@ -410,20 +505,19 @@ mod tests {
         (tx, rx)
     }
 
-    fn target(server: &Reader, transport_header: bool) -> ClientTls {
+    pub(super) fn target(server: &Reader, transport_header: bool) -> ClientTls {
         ClientTls { server_id: server.id().clone(), server_name: server.server_name().clone(), transport_header }
     }
 
     /// Shakes hands, sends a byte each way, and returns what both ends learned.
-    async fn shake(
-        client: &Reader,
-        to: &ClientTls,
+    pub(super) async fn shake(
+        client: &Client,
         server: &Reader,
         alpn: Alpn,
     ) -> (Result<Connected, Error>, Result<Accepted, Error>) {
         let (a, b) = duplex(64 * 1024);
         let connect = async {
-            let (connected, mut io) = client.connect(a, to).await?;
+            let (connected, mut io) = client.connect(a).await?;
             let exchange = async {
                 io.write_all(b"x").await?;
                 io.flush().await?;
@@ -450,9 +544,10 @@ mod tests {
         let folder = Folder::new("mutual");
         let ((_w, web), (_m, machine)) = (certified(&folder, WEB), certified(&folder, SPIFFE));
         for (client, server) in [(&web, &machine), (&machine, &web)] {
-            let (connected, accepted) = shake(client, &target(server, false), server, Alpn::None).await;
-            assert_eq!(connected.unwrap(), Connected { transport_header: false });
-            assert_eq!(accepted.unwrap(), Accepted { client_id: Some(client.id().clone()), transport_header: false });
+            let (connected, accepted) = shake(&client.client(target(server, false)), server, Alpn::None).await;
+            assert_eq!(connected.unwrap(), Connected { transport_header: false, resumed: false });
+            let client_id = Some(client.id().clone());
+            assert_eq!(accepted.unwrap(), Accepted { client_id, transport_header: false, resumed: false });
         }
     }
 
@@ -466,7 +561,7 @@ mod tests {
             (false, Alpn::TransportHeader, false),
             (false, Alpn::None, false),
         ] {
-            let (connected, accepted) = shake(&web, &target(&web, offered), &web, alpn).await;
+            let (connected, accepted) = shake(&web.client(target(&web, offered)), &web, alpn).await;
             assert_eq!((connected.unwrap().transport_header, accepted.unwrap().transport_header), (expected, expected));
         }
     }
@@ -475,10 +570,10 @@ mod tests {
     async fn clients_without_a_certificate_have_no_identity() {
         let folder = Folder::new("anonymous");
         let ((_w, web), (_n, nobody)) = (certified(&folder, WEB), bare(&folder, "new.example"));
-        let (connected, accepted) = shake(&nobody, &target(&web, false), &web, Alpn::None).await;
+        let (connected, accepted) = shake(&nobody.client(target(&web, false)), &web, Alpn::None).await;
         connected.unwrap();
         assert_eq!(accepted.unwrap().client_id, None);
-        let (_, accepted) = shake(&web, &target(&nobody, false), &nobody, Alpn::None).await;
+        let (_, accepted) = shake(&web.client(target(&nobody, false)), &nobody, Alpn::None).await;
         assert!(matches!(accepted, Err(Error::NoCertificate)));
     }
 
@@ -487,7 +582,7 @@ mod tests {
         let folder = Folder::new("demand");
         let (_w, web) = certified(&folder, WEB);
         let other = ClientTls { server_id: id("db.example"), ..target(&web, false) };
-        let (connected, accepted) = shake(&web, &other, &web, Alpn::None).await;
+        let (connected, accepted) = shake(&web.client(other), &web, Alpn::None).await;
         match connected {
             Err(Error::Peer(Invalid::Id { expected, found })) => {
                 assert_eq!((expected, &found[..]), (id("db.example"), &[id(WEB)][..]));
@@ -501,14 +596,14 @@ mod tests {
     async fn strangers_are_refused_until_their_anchors_are_trusted() {
         let (ours, theirs) = (Folder::new("ours"), Folder::new("theirs"));
         let ((mut w, web), (mut s, stranger)) = (certified(&ours, WEB), certified(&theirs, WEB));
-        let (connected, _) = shake(&stranger, &target(&web, false), &web, Alpn::None).await;
+        let (connected, _) = shake(&stranger.client(target(&web, false)), &web, Alpn::None).await;
         assert!(matches!(connected, Err(Error::Peer(Invalid::Untrusted))), "{connected:?}");
         let (both, _) = TrustAnchors::from_pem(&(ours.ca_pem() + &theirs.ca_pem())).unwrap();
         s.set_trust_anchors(both.clone());
-        let (_, accepted) = shake(&stranger, &target(&web, false), &web, Alpn::None).await;
+        let (_, accepted) = shake(&stranger.client(target(&web, false)), &web, Alpn::None).await;
         assert!(matches!(accepted, Err(Error::Peer(Invalid::Untrusted))), "{accepted:?}");
         w.set_trust_anchors(both);
-        let (connected, accepted) = shake(&stranger, &target(&web, false), &web, Alpn::None).await;
+        let (connected, accepted) = shake(&stranger.client(target(&web, false)), &web, Alpn::None).await;
         connected.unwrap();
         accepted.unwrap();
     }
@@ -530,6 +625,18 @@ mod tests {
         let mut past = issuer.issue(&id(WEB)).unwrap();
         past.expiry = SystemTime::now() - Duration::from_secs(9);
         assert!(matches!(refused(past), Invalid::Expired(_)));
+        let key = crate::csr::generate_key().unwrap();
+        let csr = crate::csr::csr_der(&key, &id(WEB)).unwrap();
+        let hour = Duration::from_secs(3_600);
+        for (now, words) in
+            [(SystemTime::now() + hour, "is not valid for another"), (SystemTime::now() - hour * 24 * 30, "expired")]
+        {
+            let issued = issuer.issue_for_at(&csr, &id(WEB), now).unwrap();
+            let crate::ca::Issued { leaf, intermediates, .. } = issued;
+            let skewed = Certificate { leaf, intermediates, key_pkcs8: key.clone(), expiry: SystemTime::now() + hour };
+            let told = refused(skewed).to_string();
+            assert!(told.contains(words) && told.contains("this machine's clock"), "{told}");
+        }
         let mut chainless = issuer.issue(&id(WEB)).unwrap();
         chainless.intermediates.clear();
         assert_eq!(refused(chainless), Invalid::Untrusted);
@@ -556,7 +663,7 @@ mod tests {
         let folder = Folder::new("hello");
         let (_w, web) = certified(&folder, WEB);
         let (a, mut b) = duplex(64 * 1024);
-        let connect = tokio::spawn(async move { web.connect(a, &target(&web, true)).await.map(drop) });
+        let connect = tokio::spawn(async move { web.client(target(&web, true)).connect(a).await.map(drop) });
         let mut hello = vec![0; 5];
         b.read_exact(&mut hello).await.unwrap();
         let mut body = vec![0; u16::from_be_bytes([hello[3], hello[4]]).into()];

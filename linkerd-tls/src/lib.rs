@@ -14,13 +14,14 @@ mod io;
 mod key;
 mod name;
 mod roots;
+mod tickets;
 mod verify;
 pub mod web;
 
 pub use self::{
     certificate::Certificate,
     error::{Error, Invalid},
-    identity::{Accepted, Alpn, ClientTls, Connected},
+    identity::{Accepted, Alpn, Client, ClientTls, Connected},
     io::{ClientIo, ServerIo},
     key::Key,
     name::{Id, InvalidName, ServerName},

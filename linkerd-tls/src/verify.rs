@@ -13,7 +13,7 @@ use rustls::{
 };
 use std::{sync::Arc, time::Duration};
 use webpki::{EndEntityCert, KeyUsage, aws_lc_rs as alg};
-use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+use x509_parser::prelude::{ASN1Time, FromDer, GeneralName, X509Certificate};
 
 /// Signatures that are verified in chains and handshakes, in the order in which they are offered (behaviour.md B.1).
 /// There is no RSA-PSS among them: RSA authorities work, RSA workload keys do not.
@@ -48,8 +48,7 @@ pub(crate) static ALGORITHMS: WebPkiSupportedAlgorithms = WebPkiSupportedAlgorit
 #[derive(Debug)]
 pub(crate) struct ServerVerifier {
     pub(crate) roots: TrustAnchors,
-    /// None only in the template that connections are made from, which verifies nobody.
-    pub(crate) id: Option<Id>,
+    pub(crate) id: Id,
 }
 
 /// Verifies a client's chain; a client without a certificate is let in without an identity.
@@ -68,10 +67,7 @@ impl ServerCertVerifier for ServerVerifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         chain(&self.roots, leaf, intermediates, now, KeyUsage::server_auth()).map_err(refusal)?;
-        let Some(expected) = &self.id else {
-            return Err(CertificateError::ApplicationVerificationFailure.into());
-        };
-        holds(leaf, expected)
+        holds(leaf, &self.id)
             .map_err(|invalid| rustls::Error::from(CertificateError::Other(OtherError(Arc::new(invalid)))))?;
         Ok(ServerCertVerified::assertion())
     }
@@ -153,6 +149,37 @@ pub(crate) fn own(
         chain(roots, leaf, intermediates, UnixTime::now(), usage).map_err(invalid)?;
     }
     holds(leaf, id)
+}
+
+/// Which end a certificate is shown by.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    Client,
+    Server,
+}
+
+/// Whether a chain that was verified against these very roots holds still: time is all that can have changed.
+pub(crate) fn still(
+    roots: &TrustAnchors,
+    certificates: &[CertificateDer<'_>],
+    now: UnixTime,
+    role: Role,
+) -> Result<(), Invalid> {
+    let Some((leaf, intermediates)) = certificates.split_first() else { return Ok(()) };
+    let is_valid = |der: &CertificateDer<'_>| {
+        let (_, certificate) = X509Certificate::from_der(der).ok()?;
+        let at = ASN1Time::from_timestamp(i64::try_from(now.as_secs()).ok()?).ok()?;
+        Some(certificate.validity().is_valid_at(at))
+    };
+    if certificates.iter().all(|der| is_valid(der) == Some(true)) {
+        return Ok(());
+    }
+    // One of them is past its time; it may be one that no chain needs.
+    let usage = match role {
+        Role::Client => KeyUsage::client_auth(),
+        Role::Server => KeyUsage::server_auth(),
+    };
+    chain(roots, leaf, intermediates, now, usage).map_err(invalid)
 }
 
 fn chain(

@@ -6,9 +6,12 @@
 use super::Admin;
 use crate::{
     inbound::http::{Connection, Guard, Kind, PolicyService, Server as Guarded},
-    policy::authz::{ClientTls, NoTls},
+    policy::authz::ClientTls,
     telemetry::{ConnLabels, Direction, Peer, Telemetry, TlsLabels},
-    transport::{Accepted, BoundListener, Metered},
+    transport::{
+        Accepted, BoundListener, Metered,
+        own::{self, Closed, DETECT},
+    },
 };
 use bytes::{Bytes, BytesMut};
 use http::{Method, Request, Response, StatusCode};
@@ -18,18 +21,10 @@ use linkerd_stack::{
     drain,
     http::{Body, Reset, ServerConfig, Version},
 };
-use linkerd_tls::{
-    detect::{Sni, client_hello},
-    identity::{Alpn, Reader},
-};
-use std::{net::SocketAddr, sync::Arc, time::Duration};
-use tokio::{sync::Semaphore, time::timeout};
+use linkerd_tls::identity::Reader;
+use std::{net::SocketAddr, sync::Arc};
 use tower::ServiceExt as _;
 
-/// Wait for the first bytes, and after TLS for HTTP (behaviour.md C.13).
-const DETECT: Duration = Duration::from_secs(1);
-/// A handshake takes a few round trips; a client that is slower holds one of the connections below.
-const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Connections at a time. Kubelet, Prometheus and a person need a handful; what comes above is closed.
 const MAX_CONNECTIONS: usize = 1_024;
 /// Requests of one connection that are answered at a time.
@@ -49,59 +44,21 @@ pub struct Server {
     pub telemetry: Telemetry,
 }
 
-/// Why a connection was closed before a request.
-#[derive(Debug, thiserror::Error)]
-enum Closed {
-    #[error("nothing came within {DETECT:?}")]
-    Silent,
-    #[error("TLS for {0:?}, which is not this proxy's name, or before there is a certificate")]
-    ForeignTls(String),
-    #[error("neither HTTP/1 nor HTTP/2")]
-    NotHttp,
-    #[error(transparent)]
-    Tls(#[from] linkerd_tls::Error),
-    #[error(transparent)]
-    Io(#[from] std::io::Error),
-    #[error(transparent)]
-    Detect(#[from] DetectError),
-    #[error(transparent)]
-    Http(#[from] linkerd_stack::http::ServeError),
-}
-
 impl Server {
     /// Accepts until dropped.
     pub async fn serve(self, listener: BoundListener) {
         let local = listener.local_addr();
         let this = Arc::new(self);
-        let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        // Never signaled: connections end with the process.
-        let (_signal, drain) = drain::channel();
-        loop {
-            let Accepted { io, client, .. } = listener.accept().await;
-            let Ok(permit) = connections.clone().try_acquire_owned() else {
-                tracing::warn!(%client, limit = MAX_CONNECTIONS, "too many admin connections; closed this one");
-                continue;
-            };
-            let (this, drain) = (this.clone(), drain.clone());
-            tokio::spawn(async move {
-                if let Err(error) = this.connection(client, local, io, drain).await {
-                    tracing::debug!(%client, %error, "admin connection");
-                }
-                drop(permit);
-            });
-        }
+        own::serve(listener, "admin", MAX_CONNECTIONS, move |accepted, drain| {
+            let this = this.clone();
+            async move { this.connection(accepted, local, drain).await }
+        })
+        .await;
     }
 
-    async fn connection(
-        &self,
-        client: SocketAddr,
-        local: SocketAddr,
-        mut io: tokio::net::TcpStream,
-        drain: drain::Watch,
-    ) -> Result<(), Closed> {
-        let hello = timeout(DETECT, client_hello(&mut io)).await.map_err(|_| Closed::Silent)?;
-        let (sni, read) = hello?;
-        let (tls, io) = self.terminate(sni, PrefixedIo::new(read, io)).await?;
+    async fn connection(&self, accepted: Accepted, local: SocketAddr, drain: drain::Watch) -> Result<(), Closed> {
+        let client = accepted.client;
+        let (tls, io) = own::secure(accepted.io, self.identity.as_ref()).await?;
         let (version, io) = version(&tls, io).await?;
 
         let port = self.guard.port(local.port());
@@ -121,21 +78,6 @@ impl Server {
         let guarded = Guarded::new(policy, authority, MAX_IN_FLIGHT);
         let service = always_probes(self.admin.clone(), client, guarded);
         Ok(linkerd_stack::http::serve(&self.http, version, io, service, drain).await?)
-    }
-
-    async fn terminate(&self, sni: Sni, io: PrefixedIo<tokio::net::TcpStream>) -> Result<(ClientTls, BoxedIo), Closed> {
-        match (sni, &self.identity) {
-            (Sni::NotTls | Sni::Incomplete, _) => Ok((ClientTls::None(NoTls::NoTlsFromRemote), Box::new(io))),
-            (Sni::Name(name), Some(identity))
-                if identity.is_ready() && name.eq_ignore_ascii_case(identity.server_name().as_str()) =>
-            {
-                let accepted = timeout(HANDSHAKE, identity.accept(io, Alpn::None)).await;
-                let (accepted, io) = accepted.map_err(|_| Closed::Silent)??;
-                Ok((ClientTls::Terminated(accepted.client_id), Box::new(io)))
-            }
-            (Sni::Name(name), _) => Err(Closed::ForeignTls(name)),
-            (Sni::NoName, _) => Err(Closed::ForeignTls(String::new())),
-        }
     }
 }
 

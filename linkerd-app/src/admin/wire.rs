@@ -88,7 +88,7 @@ async fn start(policy: Arc<ServerPolicy>, identity: Option<Reader>) -> (SocketAd
         admin: Admin::new(options),
         guard: inbound.guard().clone(),
         identity,
-        http: crate::inbound::http::server_config(&config.inbound.http_server),
+        http: crate::http::settings::server(&config.inbound.http_server),
         telemetry: telemetry.clone(),
     };
     tokio::spawn(server.serve(listener));
@@ -146,13 +146,13 @@ async fn mesh_tls_is_terminated_for_the_own_name_alone() {
         server_name: reader.server_name().clone(),
         transport_header: false,
     };
-    let (_, io) = reader.connect(TcpStream::connect(addr).await.unwrap(), &tls).await.unwrap();
+    let (_, io) = reader.client(tls.clone()).connect(TcpStream::connect(addr).await.unwrap()).await.unwrap();
     let request = b"GET /ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
     assert!(exchange(io, request).await.ends_with("ready\n"));
     assert!(telemetry.render().contains(&format!("client_id=\"{}\"", reader.id())));
 
     let other = identity::ClientTls { server_name: "other.example".parse().unwrap(), ..tls };
-    assert!(reader.connect(TcpStream::connect(addr).await.unwrap(), &other).await.is_err());
+    assert!(reader.client(other).connect(TcpStream::connect(addr).await.unwrap()).await.is_err());
 }
 
 #[tokio::test]

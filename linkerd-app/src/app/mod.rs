@@ -1,41 +1,36 @@
 //! A whole proxy: its parts joined, its sockets bound, its life from the first certificate to the end of the drain.
 //!
-//! Two threads: traffic (one runtime, one worker per core) and the daemon (admin server and identity), so that a busy
+//! Two threads: traffic (one runtime, one worker per core) and the daemon (admin and tap servers, identity), so that a busy
 //! data path never delays a probe or a renewal. The order of starting is contract.md 3.1, that of stopping 3.4, but
 //! for what is better here: outbound stays open while inbound drains, the admin server stays until the end, and a
 //! second signal ends the process at once.
 
+mod watch;
+
 use crate::{
     admin::{self, Admin, Panels},
-    config::{self, Config},
-    control::{self, Control, certify::Certifier, spire},
+    config::{self, Config, env::Fault},
+    control::{self, Control, ControlService, certify::Certifier, spire, traces::Exporter},
     gateway::Gateway,
-    identity::{self, Task},
-    inbound::{self, Inbound},
+    http::settings,
+    identity::{self, Task, documents::Error as Documents},
+    inbound::Inbound,
     outbound::Outbound,
     policy::Source,
     standalone::Standalone,
-    telemetry::{Condition, IdentityMetrics, Telemetry, TlsInfo, access::AccessLog, log, watchdog::Watchdog},
+    tap,
+    telemetry::{Telemetry, TlsInfo, access::AccessLog, log, trace, watchdog::Watchdog},
     transport::{self, BindError, BoundListener},
 };
 use linkerd_stack::{Ready, drain};
 use linkerd_tls::identity::Reader;
-use parking_lot::Mutex;
-use std::{
-    collections::BTreeMap,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use tokio::{
     runtime::Handle,
     select,
     sync::mpsc,
-    task::AbortHandle,
     time::{Instant, timeout_at},
 };
-
-/// How often the workers are looked at.
-const WATCHDOG: Duration = Duration::from_secs(1);
 
 /// A head start for the answer to `POST /shutdown`, which another thread sends: an idle proxy drains in no time, and the
 /// process would end with the answer unsent.
@@ -63,9 +58,11 @@ pub struct Parts {
     pub log: log::Handle,
     /// The environment, for the admin server.
     pub env: BTreeMap<String, String>,
+    /// The runtime that [`Daemon::run`] will run on.
+    pub beside: Handle,
 }
 
-/// Why a proxy can't be built. The process ends with exit code 1.
+/// Why a proxy can't be built. The process ends with exit code 1, or 64 for an [`InitError::fault`].
 #[derive(Debug, thiserror::Error)]
 pub enum InitError {
     /// A listener's port can't be had.
@@ -77,6 +74,24 @@ pub enum InitError {
     /// A part of the configuration that this home needs is absent.
     #[error("the configuration has no {0}")]
     Missing(&'static str),
+}
+
+impl InitError {
+    /// What the environment names and is unusable, if that is it: the exit code is 64 then (contract.md 1.7).
+    pub fn fault(&self) -> Option<Fault> {
+        let Self::Identity(error) = self else { return None };
+        let fault = |name: &str, value, why| Some(Fault { name: name.into(), value, why });
+        match error {
+            identity::Error::Token(error) => {
+                let path = error.path.display().to_string();
+                fault("LINKERD2_PROXY_IDENTITY_TOKEN_FILE", Some(path), error.to_string())
+            }
+            identity::Error::Documents(error @ (Documents::Read { .. } | Documents::Contents { .. })) => {
+                fault("LINKERD2_PROXY_IDENTITY_DIR", None, error.to_string())
+            }
+            _ => None,
+        }
+    }
 }
 
 /// A proxy with its sockets bound, that serves nothing yet.
@@ -93,9 +108,11 @@ pub struct App {
 pub struct Daemon {
     identity: Reader,
     certificate: Certificate,
+    traces: Option<Exporter>,
     telemetry: Telemetry,
     ready: Ready,
     admin: (admin::Server, BoundListener),
+    tap: Option<(tap::Server, BoundListener)>,
     traffic: Handle,
 }
 
@@ -113,91 +130,20 @@ impl App {
     /// # Errors
     /// [`InitError`] names what can't be had.
     pub fn build(parts: Parts) -> Result<(Self, Daemon), InitError> {
-        let Parts { config, home, telemetry, access_log, log, env } = parts;
-        let identity_config = config.identity.clone().ok_or(InitError::Missing("identity"))?;
-        let (reader, task) = identity::prepare(&identity_config)?;
-        let secure = Arc::new(reader.clone());
-        let metrics: Arc<dyn control::Observer> = match (&config.control, &identity_config.issuer) {
-            (Some(control), config::Issuer::Certify { client, .. }) => {
-                Arc::new(control::metrics::Metrics::new(&telemetry, control, Some(client)))
-            }
-            (Some(control), _) => Arc::new(control::metrics::Metrics::new(&telemetry, control, None)),
-            (None, _) => Arc::new(()),
-        };
+        let Parts { config, home, telemetry, access_log, log, env, beside } = parts;
+        let (identity, task) = identity::prepare(config.identity.as_ref().ok_or(InitError::Missing("identity"))?)?;
         let panels = Panels::default();
-        let is_gateway = !config.gateway.suffixes.0.is_empty();
-        let admin_port = config.admin.listen.addr.port();
-
-        let source: Arc<dyn Source> = match home {
-            Home::Linkerd => {
-                let control = Control::start(control::Start {
-                    control: config.control.as_ref().ok_or(InitError::Missing("control plane"))?,
-                    inbound: &config.inbound,
-                    outbound: &config.outbound,
-                    admin_port,
-                    is_gateway,
-                    dns: config.dns,
-                    secure: secure.clone(),
-                    observer: metrics.clone(),
-                });
-                watch_control(&control, &telemetry, &panels);
-                control
-            }
-            Home::Standalone(standalone) => {
-                watch_manifests(&standalone, &telemetry, &panels);
-                standalone
-            }
-        };
-        let certificate = match (task, &identity_config.issuer) {
-            (Task::Folder(folder), _) => Certificate::Folder(folder),
-            (Task::Certify(certifying), config::Issuer::Certify { client, token_file, .. }) => {
-                let connect = match &client.identity {
-                    Some(_) => &config.outbound.connect,
-                    None => &config.inbound.connect,
-                };
-                let certifier = Certifier::new(
-                    reader.server_name().clone(),
-                    token_file.clone(),
-                    client.clone(),
-                    connect.clone(),
-                    config.dns,
-                    secure,
-                    metrics,
-                );
-                Certificate::Certify(certifying, certifier)
-            }
-            (Task::Pushed(installer), config::Issuer::Spire { socket, backoff, .. }) => {
-                Certificate::Spire(spire::Agent::new(socket.clone(), reader.id().clone(), *backoff), installer)
-            }
-            (Task::Certify(_) | Task::Pushed(_), _) => return Err(InitError::Missing("issuer for its identity")),
-        };
-
-        let outbound = Outbound::new(
-            &config.outbound,
-            config.inbound.ips.clone(),
-            Some(reader.clone()),
-            source.clone(),
-            telemetry.clone(),
-        );
-        let gateway = Gateway::new(&config.gateway, reader.id().clone(), Arc::new(outbound.clone()));
-        let inbound = Inbound::new(
-            &config.inbound,
-            gateway,
-            Some(reader.clone()),
-            source,
-            telemetry.clone(),
-            access_log,
-            admin_port,
-        );
-        let inbound_listener = transport::bind(&config.inbound.listen)?;
-        let outbound_listeners = config.outbound.listen.iter().map(transport::bind).collect::<Result<Vec<_>, _>>()?;
-        let admin_listener = transport::bind(&config.admin.listen)?;
+        let observer = observer(&config, &telemetry);
+        let source = source(home, &config, &identity, &observer, &telemetry, &panels)?;
+        let traces = traces(&config, &identity, &observer, &telemetry);
+        let certificate = certificate(task, &config, &identity, observer)?;
+        let (inbound, outbound) = directions(&config, &identity, source, &telemetry, access_log);
+        let listeners = Listeners::bind(&config, &beside)?;
         telemetry.set_tls_info(tls_info());
-        let shown = outbound.clone();
-        panels.add("outbound", move || shown.status());
-        let shown = Arc::downgrade(&inbound);
-        panels.add("inbound", move || shown.upgrade().map_or(serde_json::Value::Null, |inbound| inbound.status()));
-        introduce(&config, &reader, &admin_listener, &inbound_listener, &outbound_listeners);
+        telemetry.set_runtime(&Handle::current());
+        watch::directions(&inbound, &outbound, &panels);
+        watch::identity(&identity, &telemetry, &panels);
+        introduce(&config, &identity, &listeners);
 
         let (ask, shutdown) = mpsc::channel(1);
         let ready = Ready::new(false);
@@ -206,31 +152,31 @@ impl App {
             telemetry: telemetry.clone(),
             log,
             env,
-            shutdown: config.admin.shutdown_enabled.then_some(ask.clone()),
-            panels: panels.clone(),
+            shutdown: config.admin.shutdown_enabled.then_some(ask),
+            panels,
         });
-        watch_identity(&reader, &telemetry, &panels);
         let server = admin::Server {
             admin,
             guard: inbound.guard().clone(),
-            identity: Some(reader.clone()),
-            http: inbound::http::server_config(&config.inbound.http_server),
+            identity: Some(identity.clone()),
+            http: settings::server(&config.inbound.http_server),
             telemetry: telemetry.clone(),
         };
-        let cutting = telemetry.clone();
         let daemon = Daemon {
-            identity: reader.clone(),
+            identity: identity.clone(),
             certificate,
-            telemetry,
+            traces,
+            telemetry: telemetry.clone(),
             ready,
-            admin: (server, admin_listener),
+            admin: (server, listeners.admin),
+            tap: tap_server(&config, &identity, &telemetry).zip(listeners.tap),
             traffic: Handle::current(),
         };
         let app = Self {
-            inbound: (inbound, inbound_listener),
-            outbound: (outbound, outbound_listeners),
-            telemetry: cutting,
-            identity: reader,
+            inbound: (inbound, listeners.inbound),
+            outbound: (outbound, listeners.outbound),
+            telemetry,
+            identity,
             shutdown,
             grace: config.shutdown_grace_period,
         };
@@ -264,7 +210,7 @@ impl App {
         let addr = listener.local_addr();
         let task = tokio::spawn(inbound.serve(listener, inbound_watch));
         tasks.push((format!("accepting connections on {addr}"), task.abort_handle()));
-        let draining = watch_tasks(tasks, &telemetry);
+        let draining = watch::tasks(tasks, &telemetry);
 
         wait(&mut ask, &mut signals).await;
         draining.set(true);
@@ -286,6 +232,162 @@ impl App {
     }
 }
 
+/// The sockets that traffic and operators come in by.
+struct Listeners {
+    inbound: BoundListener,
+    outbound: Vec<BoundListener>,
+    admin: BoundListener,
+    tap: Option<BoundListener>,
+}
+
+impl Listeners {
+    /// `beside` is the runtime that serves the operators' ports: a socket hears of connections through the runtime in which
+    /// it was bound, and operators must be heard while traffic hangs.
+    fn bind(config: &Config, beside: &Handle) -> Result<Self, BindError> {
+        let inbound = transport::bind(&config.inbound.listen)?;
+        let outbound = config.outbound.listen.iter().map(transport::bind).collect::<Result<_, _>>()?;
+        let _entered = beside.enter();
+        let tap = config.tap.as_ref().map(|tap| transport::bind(&tap.listen)).transpose()?;
+        Ok(Self { inbound, outbound, admin: transport::bind(&config.admin.listen)?, tap })
+    }
+}
+
+/// What counts the calls to the control plane.
+fn observer(config: &Config, telemetry: &Telemetry) -> Arc<dyn control::Observer> {
+    let mut services = Vec::new();
+    if let Some(config::Issuer::Certify { client, .. }) = config.identity.as_ref().map(|identity| &identity.issuer) {
+        services.push((ControlService::Identity, client));
+    }
+    if let Some(control) = &config.control {
+        services
+            .extend([(ControlService::Destination, &control.destination), (ControlService::Policy, &control.policy)]);
+    }
+    services.extend(config.traces.iter().map(|traces| (ControlService::TraceCollector, &traces.collector)));
+    Arc::new(control::metrics::Metrics::new(telemetry, services))
+}
+
+/// Who tells the data plane the truth. Its tasks are started.
+fn source(
+    home: Home,
+    config: &Config,
+    identity: &Reader,
+    observer: &Arc<dyn control::Observer>,
+    telemetry: &Telemetry,
+    panels: &Panels,
+) -> Result<Arc<dyn Source>, InitError> {
+    match home {
+        Home::Linkerd => {
+            let control = Control::start(control::Start {
+                control: config.control.as_ref().ok_or(InitError::Missing("control plane"))?,
+                inbound: &config.inbound,
+                outbound: &config.outbound,
+                admin_port: config.admin.listen.addr.port(),
+                is_gateway: !config.gateway.suffixes.0.is_empty(),
+                dns: config.dns,
+                secure: Arc::new(identity.clone()),
+                observer: observer.clone(),
+            });
+            watch::control(&control, telemetry, panels);
+            Ok(control)
+        }
+        Home::Standalone(standalone) => {
+            watch::manifests(&standalone, telemetry, panels);
+            Ok(standalone)
+        }
+    }
+}
+
+/// How the certificate will be kept fresh.
+fn certificate(
+    task: Task,
+    config: &Config,
+    identity: &Reader,
+    observer: Arc<dyn control::Observer>,
+) -> Result<Certificate, InitError> {
+    match (task, config.identity.as_ref().map(|identity| &identity.issuer)) {
+        (Task::Folder(folder), _) => Ok(Certificate::Folder(folder)),
+        (Task::Certify(certifying), Some(config::Issuer::Certify { client, token_file, .. })) => {
+            let certifier = Certifier::new(
+                identity.server_name().clone(),
+                token_file.clone(),
+                client.clone(),
+                connect_to(config, client).clone(),
+                config.dns,
+                Arc::new(identity.clone()),
+                observer,
+            );
+            Ok(Certificate::Certify(certifying, certifier))
+        }
+        (Task::Pushed(installer), Some(config::Issuer::Spire { socket, backoff, .. })) => {
+            Ok(Certificate::Spire(spire::Agent::new(socket.clone(), identity.id().clone(), *backoff), installer))
+        }
+        (Task::Certify(_) | Task::Pushed(_), _) => Err(InitError::Missing("issuer for its identity")),
+    }
+}
+
+/// Switches tracing on if there is a collector.
+fn traces(
+    config: &Config,
+    identity: &Reader,
+    observer: &Arc<dyn control::Observer>,
+    telemetry: &Telemetry,
+) -> Option<Exporter> {
+    let traces = config.traces.as_ref()?;
+    Some(Exporter {
+        spans: telemetry.tracer().start(telemetry.spans().dropped.clone())?,
+        resource: trace::resource(traces),
+        collector: traces.collector.clone(),
+        connect: connect_to(config, &traces.collector).clone(),
+        dns: config.dns,
+        secure: Arc::new(identity.clone()),
+        observer: observer.clone(),
+        telemetry: telemetry.clone(),
+    })
+}
+
+/// Settings of connections to a service of the control plane (contract.md 1.6).
+fn connect_to<'a>(config: &'a Config, addr: &config::ControlAddr) -> &'a config::Connect {
+    if addr.is_loopback() { &config.inbound.connect } else { &config.outbound.connect }
+}
+
+/// The data plane, joined by the gateway.
+fn directions(
+    config: &Config,
+    identity: &Reader,
+    source: Arc<dyn Source>,
+    telemetry: &Telemetry,
+    access_log: AccessLog,
+) -> (Arc<Inbound>, Outbound) {
+    let outbound = Outbound::new(
+        &config.outbound,
+        config.inbound.ips.clone(),
+        Some(identity.clone()),
+        source.clone(),
+        telemetry.clone(),
+    );
+    let gateway = Gateway::new(&config.gateway, identity.id().clone(), Arc::new(outbound.clone()));
+    let inbound = Inbound::new(
+        &config.inbound,
+        gateway,
+        Some(identity.clone()),
+        source,
+        telemetry.clone(),
+        access_log,
+        config.admin.listen.addr.port(),
+    );
+    (inbound, outbound)
+}
+
+/// Whoever may watch requests pass, if somebody may.
+fn tap_server(config: &Config, identity: &Reader, telemetry: &Telemetry) -> Option<tap::Server> {
+    config.tap.as_ref().map(|tap| tap::Server {
+        taps: telemetry.taps().clone(),
+        client: tap.client.clone(),
+        identity: identity.clone(),
+        http: settings::server(&config.inbound.http_server),
+    })
+}
+
 /// Ends when the process is asked to stop, by a signal or on the admin port.
 async fn wait(ask: &mut mpsc::Receiver<()>, signals: &mut mpsc::Receiver<&'static str>) {
     select! {
@@ -300,13 +402,17 @@ async fn wait(ask: &mut mpsc::Receiver<()>, signals: &mut mpsc::Receiver<&'stati
 impl Daemon {
     /// Serves the admin port and keeps the certificate fresh, for the life of the process.
     pub async fn run(self) {
-        let observer = Attempts::watched(&self.telemetry);
+        let observer = watch::Attempts::watched(&self.telemetry);
         let (admin, listener) = self.admin;
-        let _ = watch_tasks(
-            vec![("serving the admin port".into(), tokio::spawn(admin.serve(listener)).abort_handle())],
-            &self.telemetry,
-        );
-        tokio::spawn(watch_workers(Watchdog::new(&self.traffic), self.telemetry.clone()));
+        let mut tasks = vec![("serving the admin port".into(), tokio::spawn(admin.serve(listener)).abort_handle())];
+        if let Some((tap, listener)) = self.tap {
+            tasks.push(("serving the tap port".into(), tokio::spawn(tap.serve(listener)).abort_handle()));
+        }
+        let _ = watch::tasks(tasks, &self.telemetry);
+        if let Some(traces) = self.traces {
+            tokio::spawn(traces.run());
+        }
+        tokio::spawn(watch::workers(Watchdog::new(&self.traffic), self.telemetry.clone()));
         let (identity, ready) = (self.identity, self.ready);
         tokio::spawn(async move {
             identity.ready().await;
@@ -322,53 +428,28 @@ impl Daemon {
     }
 }
 
-/// Counts attempts at a certificate, and remembers why the last one failed.
-struct Attempts {
-    metrics: Arc<IdentityMetrics>,
-    failing: Arc<Mutex<Option<String>>>,
-}
-
-impl Attempts {
-    /// Its failures are a health condition from now on, until an attempt succeeds.
-    fn watched(telemetry: &Telemetry) -> Self {
-        let failing = Arc::new(Mutex::new(None));
-        let told = failing.clone();
-        telemetry.health().add(Condition::CertificateFailing, move || told.lock().clone());
-        Self { metrics: telemetry.identity(), failing }
-    }
-}
-
-impl identity::Observer for Attempts {
-    fn refreshed(&self, result: Result<SystemTime, &str>) {
-        match result {
-            Ok(expiry) => self.metrics.refreshed(expiry),
-            Err(_) => self.metrics.failed(),
-        }
-        *self.failing.lock() = result.err().map(Into::into);
-    }
-}
-
 /// Contract.md 3.1, step 8.
-fn introduce(
-    config: &Config,
-    identity: &Reader,
-    admin: &BoundListener,
-    inbound: &BoundListener,
-    outbound: &[BoundListener],
-) {
-    tracing::info!("Admin interface on {}", admin.local_addr());
-    tracing::info!("Inbound interface on {}", inbound.local_addr());
-    for listener in outbound {
+fn introduce(config: &Config, identity: &Reader, listeners: &Listeners) {
+    tracing::info!("Admin interface on {}", listeners.admin.local_addr());
+    tracing::info!("Inbound interface on {}", listeners.inbound.local_addr());
+    for listener in &listeners.outbound {
         tracing::info!("Outbound interface on {}", listener.local_addr());
+    }
+    match &listeners.tap {
+        Some(listener) => tracing::info!("Tap interface on {}", listener.local_addr()),
+        None => tracing::info!("Tap DISABLED"),
     }
     tracing::info!("SNI is {}", identity.server_name());
     tracing::info!("Local identity is {}", identity.id());
-    if let Some(config::Control { destination, .. }) = &config.control {
-        let (host, port) = (&destination.host, destination.port);
-        match &destination.identity {
-            Some(id) => tracing::info!("Destinations resolved via {host}:{port} ({id})"),
-            None => tracing::info!("Destinations resolved via {host}:{port}"),
-        }
+    let at = |config::ControlAddr { host, port, identity }: &config::ControlAddr| match identity {
+        Some(id) => format!("{host}:{port} ({id})"),
+        None => format!("{host}:{port}"),
+    };
+    if let Some(control) = &config.control {
+        tracing::info!("Destinations resolved via {}", at(&control.destination));
+    }
+    if let Some(traces) = &config.traces {
+        tracing::info!("Traces are sent to {}", at(&traces.collector));
     }
 }
 
@@ -376,158 +457,4 @@ fn introduce(
 fn tls_info() -> TlsInfo {
     let linkerd_tls::identity::Info { suites, kx_groups, rand, key_provider, fips } = linkerd_tls::identity::info();
     TlsInfo { suites, kx_groups, rand, key_provider, fips }
-}
-
-fn watch_identity(identity: &Reader, telemetry: &Telemetry, panels: &Panels) {
-    let reader = identity.clone();
-    watch_expiry(telemetry, move || reader.expiry());
-    let reader = identity.clone();
-    panels.add("identity", move || {
-        let until = reader.expiry().and_then(|expiry| expiry.duration_since(SystemTime::now()).ok());
-        serde_json::json!({
-            "id": reader.id().as_str(),
-            "server_name": reader.server_name().as_str(),
-            "certified": reader.is_ready(),
-            "expires_in_seconds": until.map(|until| until.as_secs()),
-            "trust_anchors": reader.trust_anchor_count(),
-        })
-    });
-}
-
-fn watch_expiry(telemetry: &Telemetry, expiry: impl Fn() -> Option<SystemTime> + Send + Sync + 'static) {
-    telemetry.health().add(Condition::CertificateExpired, move || {
-        let ago = SystemTime::now().duration_since(expiry()?).ok()?;
-        Some(format!("the certificate expired {} s ago", ago.as_secs()))
-    });
-}
-
-fn watch_control(control: &Arc<Control>, telemetry: &Telemetry, panels: &Panels) {
-    let weak = Arc::downgrade(control);
-    telemetry.health().add(Condition::ControlPlaneLost, move || {
-        let trouble = weak.upgrade()?.trouble();
-        let words: Vec<_> = trouble.iter().map(|(service, why)| format!("{}: {why}", service.as_str())).collect();
-        (!words.is_empty()).then(|| words.join("; "))
-    });
-    let weak = Arc::downgrade(control);
-    panels.add("discovery", move || weak.upgrade().map_or(serde_json::Value::Null, |control| control.status_json()));
-}
-
-/// Metrics, health and a page about the folders of manifests.
-fn watch_manifests(standalone: &Arc<Standalone>, telemetry: &Telemetry, panels: &Panels) {
-    let metrics = telemetry.manifests();
-    let (mut progress, weak) = (standalone.progress(), Arc::downgrade(standalone));
-    tokio::spawn(async move {
-        let mut loaded = 0;
-        loop {
-            let Some(standalone) = weak.upgrade() else { return };
-            let generation = progress.borrow_and_update().generation;
-            let (status, report) = (standalone.status(), standalone.report());
-            if generation != loaded {
-                loaded = generation;
-                let objects = status.objects.values().sum::<usize>();
-                metrics.loaded(generation, objects as u64, report.warnings() as u64);
-            }
-            if !status.current {
-                metrics.refused(report.errors() as u64);
-            }
-            drop(standalone);
-            if progress.changed().await.is_err() {
-                return;
-            }
-        }
-    });
-    let weak = Arc::downgrade(standalone);
-    telemetry.health().add(Condition::ManifestsRefused, move || {
-        let standalone = weak.upgrade()?;
-        (!standalone.status().current)
-            .then(|| format!("{} errors; the last good state is in force", standalone.report().errors()))
-    });
-    let weak = Arc::downgrade(standalone);
-    panels.add("manifests", move || {
-        let Some(standalone) = weak.upgrade() else { return serde_json::Value::Null };
-        let (status, report) = (standalone.status(), standalone.report());
-        serde_json::json!({
-            "generation": status.progress.generation,
-            "refused": status.progress.refused,
-            "current": status.current,
-            "loaded_at_unix": status.loaded_at.duration_since(SystemTime::UNIX_EPOCH).ok().map(|t| t.as_secs()),
-            "objects": status.objects,
-            "assigned_addresses": status.assigned.iter().map(|(name, ip)| format!("{name} {ip}")).collect::<Vec<_>>(),
-            "findings": report.to_string().lines().collect::<Vec<_>>(),
-        })
-    });
-}
-
-/// Tasks that should live as long as the proxy: one that ends is a health condition, until the flag that is returned
-/// tells that the proxy is on its way out.
-fn watch_tasks(tasks: Vec<(String, AbortHandle)>, telemetry: &Telemetry) -> Ready {
-    let over = Ready::new(false);
-    let ending = over.clone();
-    telemetry.health().add(Condition::TaskEnded, move || {
-        let ended: Vec<_> =
-            tasks.iter().filter(|(_, task)| task.is_finished()).map(|(name, _)| name.as_str()).collect();
-        (!ended.is_empty() && !ending.get())
-            .then(|| format!("restart the proxy: nothing is {} any more", ended.join(", ")))
-    });
-    over
-}
-
-/// Asks the watchdog now and then; what it says is a health condition.
-async fn watch_workers(mut watchdog: Watchdog, telemetry: Telemetry) {
-    let last = Arc::new(Mutex::new(None::<String>));
-    let said = last.clone();
-    telemetry.health().add(Condition::WorkerStuck, move || said.lock().clone());
-    loop {
-        tokio::time::sleep(WATCHDOG).await;
-        let stuck = watchdog.check();
-        if let Some(stuck) = &stuck {
-            tracing::warn!("{stuck}");
-        }
-        *last.lock() = stuck;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn tasks_that_end_before_the_proxy_does_are_told() {
-        let telemetry = Telemetry::new(config::Metrics::default());
-        let task = tokio::spawn(std::future::pending::<()>());
-        let over = watch_tasks(vec![("serving".into(), task.abort_handle())], &telemetry);
-        let told = || telemetry.health().problems().iter().filter(|(c, _)| *c == Condition::TaskEnded).count();
-        assert_eq!(told(), 0);
-        task.abort();
-        let _ = task.await;
-        assert_eq!(told(), 1);
-        over.set(true);
-        assert_eq!(told(), 0);
-    }
-
-    #[test]
-    fn the_last_failure_is_told_until_an_attempt_succeeds() {
-        use identity::Observer;
-        let telemetry = Telemetry::new(config::Metrics::default());
-        let attempts = Attempts::watched(&telemetry);
-        attempts.refreshed(Err("first"));
-        attempts.refreshed(Err("second"));
-        assert_eq!(telemetry.health().problems(), [(Condition::CertificateFailing, "second".into())]);
-        attempts.refreshed(Ok(SystemTime::now() + Duration::from_secs(60)));
-        assert_eq!(telemetry.health().problems(), []);
-    }
-
-    #[tokio::test]
-    async fn expired_certificates_are_told() {
-        let telemetry = Telemetry::new(config::Metrics::default());
-        let expiry = Arc::new(Mutex::new(None));
-        let read = expiry.clone();
-        watch_expiry(&telemetry, move || *read.lock());
-        let told = || telemetry.health().problems().iter().filter(|(c, _)| *c == Condition::CertificateExpired).count();
-        assert_eq!(told(), 0, "none was issued yet");
-        *expiry.lock() = Some(SystemTime::now() + Duration::from_secs(60));
-        assert_eq!(told(), 0);
-        *expiry.lock() = Some(SystemTime::now() - Duration::from_secs(60));
-        assert_eq!(told(), 1);
-    }
 }

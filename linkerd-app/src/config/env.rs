@@ -1,6 +1,6 @@
 //! The environment, read: one row per setting, all bad entries reported at once.
 //!
-//! [`SETTINGS`] is the single list of variables. Each is parsed through `Reader`, which looks its row up there, so a
+//! [`SETTINGS`] and [`LENIENT`] are the lists of variables. Each is read through `Reader`, which looks its row up there, so a
 //! variable without a row cannot be read, and docs/configuration.md is printed from the same rows ([`reference()`]).
 
 use super::{syntax as s, *};
@@ -76,12 +76,12 @@ pub struct Parsed {
 
 macro_rules! settings {
     ($($name:literal, $syntax:literal, $default:literal, $doc:literal;)*) => {
-        /// Every variable that is read, in the order of contract.md.
-        pub const SETTINGS: &[Setting] = &[$(Setting { name: $name, syntax: $syntax, default: $default, doc: $doc }),*];
+        &[$(Setting { name: $name, syntax: $syntax, default: $default, doc: $doc }),*]
     };
 }
 
-settings! {
+/// Every variable whose bad values stop the proxy, in the order of contract.md.
+pub const SETTINGS: &[Setting] = settings! {
     "LINKERD2_PROXY_INBOUND_LISTEN_ADDR", "ip:port", "0.0.0.0:4143", "Inbound listener; its port is also the port for direct connections from other proxies.";
     "LINKERD2_PROXY_OUTBOUND_LISTEN_ADDRS", "one or two ip:port", "unset", "Outbound listeners; wins over the next variable.";
     "LINKERD2_PROXY_OUTBOUND_LISTEN_ADDR", "ip:port", "127.0.0.1:4140", "Outbound listener, the older form.";
@@ -137,6 +137,8 @@ settings! {
     "LINKERD2_PROXY_METRICS_MAX_SERIES", "integer above 0", "10000", "Label sets that one group of metric families may have; more go to one series labelled series=\"other\".";
     "LINKERD2_PROXY_OUTBOUND_METRICS_HOSTNAME_LABELS", "bool", "false", "hostname labels on outbound route metrics.";
     "LINKERD2_PROXY_INBOUND_METRICS_AUTHORITY_LABELS", "empty or unsafe", "empty", "unsafe: authority labels on inbound metrics.";
+    "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_ADDR", "addr", "unset", "Trace collector, OTLP over gRPC; unset = trace headers pass untouched and no spans are made.";
+    "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_NAME", "DNS name", "required unless loopback", "Its identity.";
     "LINKERD2_PROXY_TAP_SVC_NAME", "identity", "unset", "The only client that may tap; unset = tap off.";
     "LINKERD2_PROXY_SHUTDOWN_GRACE_PERIOD", "duration", "2m", "Longest drain.";
     "LINKERD2_PROXY_SHUTDOWN_ENDPOINT_ENABLED", "bool", "false", "Enables POST /shutdown.";
@@ -189,36 +191,100 @@ settings! {
     "LINKERD2_PROXY_OUTBOUND_DETECT_TIMEOUT", "duration", "10s", "Wait for HTTP or a ClientHello on outbound connections.";
     "LINKERD2_PROXY_DNS_MIN_TTL", "duration", "none", "Shortest TTL believed.";
     "LINKERD2_PROXY_DNS_MAX_TTL", "duration", "none", "Longest TTL believed.";
-}
+};
 
-/// Read outside this table (by the log, the runtime and the tracing code), where a bad value never stops the proxy;
-/// or set by the injector for others. Known, so that no warning is printed for them.
-const KNOWN_ELSEWHERE: &[&str] = &[
-    "LINKERD2_PROXY_LOG",
-    "LINKERD2_PROXY_LOG_FORMAT",
-    "LINKERD2_PROXY_ACCESS_LOG",
-    "LINKERD2_PROXY_CORES",
-    "LINKERD2_PROXY_CORES_MIN",
-    "LINKERD2_PROXY_CORES_MAX",
-    "LINKERD2_PROXY_CORES_MAX_RATIO",
-    "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_ADDR",
-    "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_NAME",
-    "LINKERD2_PROXY_TRACE_SERVICE_NAME",
-    "LINKERD2_PROXY_TRACE_ATTRIBUTES_PATH",
-    "LINKERD2_PROXY_TRACE_EXTRA_ATTRIBUTES",
-    "LINKERD2_PROXY_TRACE_PROTOCOL",
-    "LINKERD2_PROXY_TRACE_ANNOTATIONS_PATH",
+/// Every variable whose bad values never do: the log's, the runtime's, and what is said of the workload in traces.
+pub const LENIENT: &[Setting] = settings! {
+    "LINKERD2_PROXY_LOG", "filter directives", "warn,linkerd=info,hickory=error", "Log filter, which `/proxy-log-level` replaces; `off` disables logging for good.";
+    "LINKERD2_PROXY_LOG_FORMAT", "json or plain", "plain", "Log format.";
+    "LINKERD2_PROXY_ACCESS_LOG", "apache or json", "off", "Access log of inbound requests, on stderr.";
+    "LINKERD2_PROXY_CORES_MIN", "integer above 0", "value of the next", "Least worker threads.";
+    "LINKERD2_PROXY_CORES", "integer above 0", "1", "Older name of the previous.";
+    "LINKERD2_PROXY_CORES_MAX", "integer above 0", "unset", "Wanted worker threads.";
+    "LINKERD2_PROXY_CORES_MAX_RATIO", "float above 0, at most 1", "unset", "Wanted share of the CPUs, if the previous is unset.";
+    "LINKERD2_PROXY_TRACE_SERVICE_NAME", "string", "unset", "`service.name` of the spans.";
+    "LINKERD2_PROXY_TRACE_ATTRIBUTES_PATH", "path", "unset", "File of `key=value` lines, read once: attributes of the spans' resource.";
+    "LINKERD2_PROXY_TRACE_EXTRA_ATTRIBUTES", "key=value lines", "unset", "More of them.";
+    "OTEL_RESOURCE_ATTRIBUTES", "key=value lines or comma list", "unset", "More of them; the last of all that have one key wins.";
+    "HOSTNAME", "string", "empty", "`host.name` of the spans.";
+};
+
+/// Set by Linkerd's injector and read by nobody (contract.md 1.18), and what holds instead. Who set one of the first two
+/// wanted something, and is warned; the others come with every pod whose traces are collected.
+const NO_EFFECT: &[(&str, &str)] = &[
+    ("LINKERD2_PROXY_INBOUND_PORTS_REQUIRE_IDENTITY", POLICY_ENFORCES),
+    ("LINKERD2_PROXY_INBOUND_PORTS_REQUIRE_TLS", POLICY_ENFORCES),
+    ("LINKERD2_PROXY_TRACE_PROTOCOL", "spans are always sent as OTLP"),
+    ("LINKERD2_PROXY_TRACE_ANNOTATIONS_PATH", "labels are read, by LINKERD2_PROXY_TRACE_ATTRIBUTES_PATH"),
+];
+const POLICY_ENFORCES: &str = "the policy controller enforces it";
+
+/// Beginnings of the settings that `run --manifests` has no use for.
+const LINKERD_ONLY: &[&str] = &[
+    "LINKERD2_PROXY_DESTINATION_SVC_",
+    "LINKERD2_PROXY_DESTINATION_CONTEXT",
+    "LINKERD2_PROXY_DESTINATION_PROFILE_NETWORKS",
+    "LINKERD2_PROXY_POLICY_SVC_",
+    "LINKERD2_PROXY_POLICY_WORKLOAD",
+    "LINKERD2_PROXY_CONTROL_STREAM_",
+    "LINKERD2_PROXY_IDENTITY_",
+    "LINKERD2_PROXY_LINKERD2_PROXY_IDENTITY_",
 ];
 
-/// What turns tracing on in the original.
-const TRACE_COLLECTOR: &str = "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_ADDR";
-
-/// Set by the injector; enforced by policy alone (contract.md 1.18).
-const NO_EFFECT: &[&str] =
-    &["LINKERD2_PROXY_INBOUND_PORTS_REQUIRE_IDENTITY", "LINKERD2_PROXY_INBOUND_PORTS_REQUIRE_TLS"];
+/// Settings of certification, which SPIRE has no use for.
+const CERTIFY_ONLY: &[&str] = &[
+    "LINKERD2_PROXY_IDENTITY_DIR",
+    "LINKERD2_PROXY_IDENTITY_TOKEN_FILE",
+    "LINKERD2_PROXY_IDENTITY_SVC_ADDR",
+    "LINKERD2_PROXY_IDENTITY_SVC_NAME",
+    "LINKERD2_PROXY_IDENTITY_MIN_REFRESH",
+    "LINKERD2_PROXY_IDENTITY_MAX_REFRESH",
+];
 
 static ROWS: LazyLock<HashMap<&'static str, &'static Setting>> =
-    LazyLock::new(|| SETTINGS.iter().map(|row| (row.name, row)).collect());
+    LazyLock::new(|| SETTINGS.iter().chain(LENIENT).map(|row| (row.name, row)).collect());
+
+/// What is needed before anything else: how to log, and on how many threads to run.
+#[derive(Debug)]
+pub struct Process {
+    /// Log filter.
+    pub log: Option<String>,
+    /// Log format.
+    pub log_format: String,
+    /// Access log format; none = off.
+    pub access_log: Option<String>,
+    /// Least worker threads.
+    pub cores_min: usize,
+    /// Wanted worker threads.
+    pub cores_max: Option<usize>,
+    /// Wanted share of the CPUs, if the number is unset.
+    pub cores_ratio: Option<f64>,
+    /// Values that are ignored.
+    pub warnings: Vec<String>,
+}
+
+/// Reads what can't fail.
+pub fn process(lookup: &dyn Fn(&str) -> Option<OsString>) -> Process {
+    let mut env = Reader { lookup, faults: Vec::new(), warnings: Vec::new(), class: None };
+    let count = |text: &str| match s::integer::<usize>(text)? {
+        0 => Err("expected a whole number above 0".to_string()),
+        n => Ok(n),
+    };
+    let ratio = |text: &str| match s::float(text, 0.0, 1.0) {
+        Ok(ratio) if ratio > 0.0 => Ok(ratio),
+        _ => Err("expected a number above 0 and at most 1".to_string()),
+    };
+    let min = env.tolerated("LINKERD2_PROXY_CORES_MIN", count);
+    Process {
+        log: env.lenient("LINKERD2_PROXY_LOG"),
+        log_format: env.lenient("LINKERD2_PROXY_LOG_FORMAT").unwrap_or_default(),
+        access_log: env.lenient("LINKERD2_PROXY_ACCESS_LOG"),
+        cores_min: min.or_else(|| env.tolerated("LINKERD2_PROXY_CORES", count)).unwrap_or(1),
+        cores_max: env.tolerated("LINKERD2_PROXY_CORES_MAX", count),
+        cores_ratio: env.tolerated("LINKERD2_PROXY_CORES_MAX_RATIO", ratio),
+        warnings: env.warnings,
+    }
+}
 
 /// Reads the configuration. `lookup` yields a variable's raw value, `names` every variable that is set.
 ///
@@ -231,23 +297,29 @@ pub fn parse(
 ) -> Result<Parsed, Invalid> {
     let mut env = Reader { lookup, faults: Vec::new(), warnings: Vec::new(), class: None };
     let config = config(&mut env, mode);
-    if (env.lookup)(TRACE_COLLECTOR).is_some() {
-        env.warnings.push(format!("{TRACE_COLLECTOR} has no effect: this proxy exports no traces yet"));
-    }
-    for name in names {
-        if NO_EFFECT.contains(&&*name) {
-            env.warnings.push(format!("{name} has no effect: the policy controller enforces it"));
-        } else if name.starts_with("LINKERD2_PROXY_")
-            && !ROWS.contains_key(&*name)
-            && !KNOWN_ELSEWHERE.contains(&&*name)
-        {
-            env.warnings.push(format!("{name} is not a setting of this proxy and is ignored"));
-        }
-    }
+    let issuer = config.as_ref().and_then(|config| config.identity.as_ref()).map(|identity| &identity.issuer);
+    let by_spire = matches!(issuer, Some(Issuer::Spire { .. }));
+    env.warnings.extend(names.into_iter().filter_map(|name| without_effect(&name, mode, by_spire)));
     match config {
         Some(config) if env.faults.is_empty() => Ok(Parsed { config, warnings: env.warnings }),
         _ => Err(Invalid { class: env.class.unwrap_or(Class::InvalidVariable), faults: env.faults }),
     }
+}
+
+/// A word about a variable that is set in vain.
+fn without_effect(name: &str, mode: Mode, by_spire: bool) -> Option<String> {
+    let because = |why: &str| Some(format!("{name} has no effect: {why}"));
+    if let Some((_, why)) = NO_EFFECT.iter().find(|(known, _)| *known == name) {
+        return if *why == POLICY_ENFORCES { because(why) } else { None };
+    }
+    if matches!(mode, Mode::Standalone { .. }) && LINKERD_ONLY.iter().any(|start| name.starts_with(start)) {
+        return because("the manifests and the command line say it");
+    }
+    if by_spire && CERTIFY_ONLY.contains(&name) {
+        return because("certificates come from the SPIRE agent");
+    }
+    let unknown = name.starts_with("LINKERD2_PROXY_") && !ROWS.contains_key(name);
+    unknown.then(|| format!("{name} is not a setting of this proxy and is ignored"))
 }
 
 /// The reference page, docs/configuration.md.
@@ -261,20 +333,28 @@ pub fn reference() -> String {
          Durations are a whole number and one of `ms`, `s`, `m`, `h`, `d`, for instance `10s`.\n\n\
          | variable | syntax | default | meaning |\n|---|---|---|---|\n",
     );
-    for Setting { name, syntax, default, doc } in SETTINGS {
-        page.push_str(&format!("| `{name}` | {syntax} | {default} | {doc} |\n"));
-    }
+    let rows = |page: &mut String, settings: &[Setting]| {
+        for Setting { name, syntax, default, doc } in settings {
+            page.push_str(&format!("| `{name}` | {syntax} | {default} | {doc} |\n"));
+        }
+    };
+    rows(&mut page, SETTINGS);
     page.push_str(
-        "\n## Read by the log and the runtime\n\n\
-         Bad values of these never stop the proxy.\n\n\
-         | variable | default | meaning |\n|---|---|---|\n\
-         | `LINKERD2_PROXY_LOG` | `warn,linkerd=info,hickory=error` | log filter; `off` disables logging for good |\n\
-         | `LINKERD2_PROXY_LOG_FORMAT` | `PLAIN` | `json` or plain |\n\
-         | `LINKERD2_PROXY_ACCESS_LOG` | off | `apache` or `json` |\n\
-         | `LINKERD2_PROXY_CORES_MIN`, `LINKERD2_PROXY_CORES` | 1 | least worker threads |\n\
-         | `LINKERD2_PROXY_CORES_MAX` | unset | wanted worker threads |\n\
-         | `LINKERD2_PROXY_CORES_MAX_RATIO` | unset | wanted share of the CPUs |\n",
+        "\n## Never a reason to stop\n\n\
+         Read by the log, the runtime and tracing. A bad value is ignored, with a word in the log.\n\n\
+         | variable | syntax | default | meaning |\n|---|---|---|---|\n",
     );
+    rows(&mut page, LENIENT);
+    page.push_str(
+        "\n## Without effect\n\n\
+         Accepted, because Linkerd's injector sets them. A warning tells of the first two, and of every other variable\n\
+         that begins with `LINKERD2_PROXY_` and is not on this page. So it does of settings that the mode has no use for:\n\
+         with `run --manifests` those of the control plane and of identity, with SPIRE those of certification.\n\n\
+         | variable | instead |\n|---|---|\n",
+    );
+    for (name, instead) in NO_EFFECT {
+        page.push_str(&format!("| `{name}` | {instead} |\n"));
+    }
     page
 }
 
@@ -326,6 +406,18 @@ impl Reader<'_> {
         self.parse(name, parse)
     }
 
+    /// The text of a variable whose bad values never stop the proxy: what is no Unicode counts as unset.
+    fn lenient(&self, name: &'static str) -> Option<String> {
+        debug_assert!(ROWS.contains_key(name), "{name} has no row in LENIENT");
+        (self.lookup)(name)?.into_string().ok()
+    }
+
+    /// The value of such a variable; a bad one is ignored with a warning.
+    fn tolerated<T>(&mut self, name: &'static str, parse: impl FnOnce(&str) -> Result<T, s::Expected>) -> Option<T> {
+        let text = self.lenient(name)?;
+        parse(&text).map_err(|why| self.warnings.push(format!("{name}={text:?} is ignored: {why}"))).ok()
+    }
+
     fn class(&mut self, class: Class) {
         self.class = Some(self.class.map_or(class, |first| first.min(class)));
     }
@@ -371,6 +463,7 @@ fn config(env: &mut Reader<'_>, mode: Mode) -> Option<Config> {
         min_ttl: env.parse("LINKERD2_PROXY_DNS_MIN_TTL", s::duration),
         max_ttl: env.parse("LINKERD2_PROXY_DNS_MAX_TTL", s::duration),
     };
+    let traces = traces(env);
     let (identity, control) = match mode {
         Mode::Standalone { .. } => (None, None),
         Mode::Linkerd => {
@@ -388,6 +481,7 @@ fn config(env: &mut Reader<'_>, mode: Mode) -> Option<Config> {
         control,
         tap,
         metrics,
+        traces,
         shutdown_grace_period,
         core_dumps,
         dns,
@@ -715,7 +809,7 @@ fn identity(env: &mut Reader<'_>) -> Option<Identity> {
                 env,
                 "LINKERD2_PROXY_IDENTITY_SVC_ADDR",
                 "LINKERD2_PROXY_IDENTITY_SVC_NAME",
-                Class::InvalidVariable,
+                Some(Class::InvalidVariable),
             );
             match (trust_anchors, dir, token_file, client) {
                 (Some(trust_anchors), Some(dir), Some(token_file), Some(client)) => {
@@ -733,9 +827,10 @@ fn control(env: &mut Reader<'_>, inbound: &Inbound, outbound: &Outbound) -> Opti
         env,
         "LINKERD2_PROXY_DESTINATION_SVC_ADDR",
         "LINKERD2_PROXY_DESTINATION_SVC_NAME",
-        Class::NoDestination,
+        Some(Class::NoDestination),
     );
-    let policy = control_addr(env, "LINKERD2_PROXY_POLICY_SVC_ADDR", "LINKERD2_PROXY_POLICY_SVC_NAME", Class::NoPolicy);
+    let policy =
+        control_addr(env, "LINKERD2_PROXY_POLICY_SVC_ADDR", "LINKERD2_PROXY_POLICY_SVC_NAME", Some(Class::NoPolicy));
     let workload = env.required("LINKERD2_PROXY_POLICY_WORKLOAD", |text| Ok(text.to_string()));
     let destination_context = env.or("LINKERD2_PROXY_DESTINATION_CONTEXT", String::new(), |text| Ok(text.to_string()));
     let initial = env.parse("LINKERD2_PROXY_CONTROL_STREAM_INITIAL_TIMEOUT", s::duration_or_empty).flatten();
@@ -769,16 +864,43 @@ fn control(env: &mut Reader<'_>, inbound: &Inbound, outbound: &Outbound) -> Opti
     })
 }
 
-/// An address with its identity. Loopback addresses need none (contract.md 1.6).
-fn control_addr(env: &mut Reader<'_>, addr: &'static str, name: &'static str, absent: Class) -> Option<ControlAddr> {
+/// Where spans go, and what is said of where they come from (contract.md 1.9).
+fn traces(env: &mut Reader<'_>) -> Option<Traces> {
+    let collector =
+        control_addr(env, "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_ADDR", "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_NAME", None)?;
+    let otel = env.lenient("OTEL_RESOURCE_ATTRIBUTES").map(|text| s::otel_attributes(&text));
+    Some(Traces {
+        collector,
+        service_name: env.lenient("LINKERD2_PROXY_TRACE_SERVICE_NAME"),
+        attributes_path: env.lenient("LINKERD2_PROXY_TRACE_ATTRIBUTES_PATH").map(PathBuf::from),
+        attributes: env
+            .lenient("LINKERD2_PROXY_TRACE_EXTRA_ATTRIBUTES")
+            .iter()
+            .flat_map(|text| text.lines().map(str::to_string))
+            .chain(otel.unwrap_or_default())
+            .collect(),
+        host_name: env.lenient("HOSTNAME").unwrap_or_default(),
+    })
+}
+
+/// An address with its identity. Loopback addresses need none (contract.md 1.6). `absent` is the class of failure where the
+/// service is required.
+fn control_addr(
+    env: &mut Reader<'_>,
+    addr: &'static str,
+    name: &'static str,
+    absent: Option<Class>,
+) -> Option<ControlAddr> {
     let has_addr = (env.lookup)(addr).is_some();
     let has_name = (env.lookup)(name).is_some();
     let identity = env.parse(name, s::dns_name);
     let parsed = env.parse(addr, s::addr);
     match (has_addr, has_name) {
         (false, false) => {
-            env.class(absent);
-            env.fault(addr, None, "must be set");
+            if let Some(class) = absent {
+                env.class(class);
+                env.fault(addr, None, "must be set");
+            }
             None
         }
         (false, true) => {
@@ -787,7 +909,7 @@ fn control_addr(env: &mut Reader<'_>, addr: &'static str, name: &'static str, ab
         }
         (true, _) => {
             let mut parsed = parsed?;
-            if s::is_loopback(&parsed) {
+            if parsed.is_loopback() {
                 return Some(parsed);
             }
             if !has_name {
@@ -995,6 +1117,8 @@ mod tests {
         assert!(
             matches!(identity.issuer, Issuer::Spire { socket, .. } if socket.to_str() == Some("///run/agent.sock"))
         );
+        let warnings = read(&spire, Mode::Linkerd).expect("valid").warnings;
+        assert!(warnings.iter().any(|w| w.contains("TOKEN_FILE has no effect")), "{warnings:?}");
         let mut bad = spire.to_vec();
         bad[1].1 = "web.local";
         assert_eq!(faults(&bad), ["LINKERD2_PROXY_IDENTITY_SERVER_ID"]);
@@ -1007,14 +1131,58 @@ mod tests {
                 ("LINKERD2_PROXY_INBOUND_SERVER_HTTP2_KEEP_ALIVE_INTERVAL", "10s"),
                 ("LINKERD2_PROXY_INBOUND_PORTS_REQUIRE_TLS", "8080"),
                 ("LINKERD2_PROXY_TYPO", "1"),
-                ("LINKERD2_PROXY_TRACE_COLLECTOR_SVC_ADDR", "collector.linkerd-jaeger:4317"),
             ],
             Mode::Linkerd,
         )
         .expect("valid");
-        for name in ["KEEP_ALIVE_INTERVAL", "REQUIRE_TLS", "LINKERD2_PROXY_TYPO", "no traces"] {
+        for name in ["KEEP_ALIVE_INTERVAL", "REQUIRE_TLS", "LINKERD2_PROXY_TYPO"] {
             assert!(parsed.warnings.iter().any(|w| w.contains(name)), "{name}: {:?}", parsed.warnings);
         }
+        let control =
+            [("LINKERD2_PROXY_POLICY_SVC_ADDR", "nowhere"), ("LINKERD2_PROXY_TRACE_PROTOCOL", "opentelemetry")];
+        let warnings = read(&control, Mode::Standalone { explicit: true }).expect("valid").warnings;
+        assert!(matches!(&warnings[..], [w] if w.contains("POLICY_SVC_ADDR has no effect")), "{warnings:?}");
+    }
+
+    #[test]
+    fn what_the_process_needs_first_cannot_fail() {
+        let read = |vars: &[(&str, &str)]| {
+            let value = |name: &str| vars.iter().find(|(k, _)| *k == name).map(|(_, v)| OsString::from(v));
+            process(&value)
+        };
+        let nothing = read(&[]);
+        assert_eq!((nothing.log, nothing.cores_min, nothing.cores_max), (None, 1, None));
+        let old = read(&[("LINKERD2_PROXY_CORES", "3"), ("LINKERD2_PROXY_CORES_MIN", "none")]);
+        assert_eq!((old.cores_min, old.warnings.len()), (3, 1));
+        let ratio = |text: &str| read(&[("LINKERD2_PROXY_CORES_MAX_RATIO", text)]).cores_ratio;
+        assert_eq!(["0.5", "1", "0", "1.5", "x", "NaN"].map(ratio), [Some(0.5), Some(1.0), None, None, None, None]);
+        let zero = read(&[("LINKERD2_PROXY_CORES_MAX", "0"), ("LINKERD2_PROXY_LOG", "off")]);
+        assert_eq!((zero.cores_max, zero.log.as_deref()), (None, Some("off")));
+    }
+
+    #[test]
+    fn a_collector_turns_tracing_on() {
+        const ADDR: &str = "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_ADDR";
+        const NAME: &str = "LINKERD2_PROXY_TRACE_COLLECTOR_SVC_NAME";
+        assert!(
+            good(&[("LINKERD2_PROXY_TRACE_SERVICE_NAME", "web"), ("OTEL_RESOURCE_ATTRIBUTES", "a=b")]).traces.is_none()
+        );
+        assert_eq!(faults(&[(ADDR, "collector:4317")]), [NAME]);
+        assert_eq!(faults(&[(NAME, "collector.id")]), [ADDR]);
+        assert_eq!(faults(&[(ADDR, "collector")]), [ADDR]);
+        let traces = good(&[
+            (ADDR, "collector:4317"),
+            (NAME, "collector.id"),
+            ("LINKERD2_PROXY_TRACE_SERVICE_NAME", "web"),
+            ("LINKERD2_PROXY_TRACE_EXTRA_ATTRIBUTES", "a=1\nb=2"),
+            ("OTEL_RESOURCE_ATTRIBUTES", "c=3,d=4"),
+            ("HOSTNAME", "web-0"),
+        ])
+        .traces
+        .expect("tracing");
+        assert_eq!(traces.collector.identity.expect("an identity").as_str(), "collector.id");
+        assert_eq!((traces.service_name.as_deref(), &*traces.host_name), (Some("web"), "web-0"));
+        assert_eq!(traces.attributes, ["a=1", "b=2", "c=3", "d=4"]);
     }
 
     #[test]

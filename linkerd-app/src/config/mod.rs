@@ -34,6 +34,8 @@ pub struct Config {
     pub tap: Option<Tap>,
     /// 1.8
     pub metrics: Metrics,
+    /// 1.9; absent = no tracing.
+    pub traces: Option<Traces>,
     /// Longest drain, 1.12.
     pub shutdown_grace_period: Duration,
     /// Whether the kernel may write core files of this process, private keys included.
@@ -234,6 +236,21 @@ impl Default for Metrics {
     }
 }
 
+/// Distributed tracing.
+#[derive(Clone, Debug)]
+pub struct Traces {
+    /// Where spans go.
+    pub collector: ControlAddr,
+    /// `service.name` of what is sent.
+    pub service_name: Option<String>,
+    /// File of `key=value` lines about the workload.
+    pub attributes_path: Option<PathBuf>,
+    /// More `key=value` lines; the later of two with one key wins.
+    pub attributes: Vec<String>,
+    /// `host.name` of what is sent.
+    pub host_name: String,
+}
+
 /// DNS settings.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Dns {
@@ -317,6 +334,14 @@ pub struct ControlAddr {
     pub port: u16,
     /// Its identity and SNI; none = plaintext, for loopback addresses alone.
     pub identity: Option<Id>,
+}
+
+impl ControlAddr {
+    /// Whether it stays on this machine (contract.md 1.0): a loopback IP, or `localhost.` with its dot. Then there is no TLS,
+    /// and streams have no limits (behaviour.md G.1).
+    pub fn is_loopback(&self) -> bool {
+        self.host.eq_ignore_ascii_case("localhost.") || self.host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    }
 }
 
 /// Policy of ports that the source has not told about (contract.md 1.3).

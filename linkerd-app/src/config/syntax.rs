@@ -102,6 +102,14 @@ pub fn dns_name(s: &str) -> Result<ServerName, Expected> {
     s.parse().map_err(|_| "expected a DNS name".into())
 }
 
+/// Lines of `key=value`, or the comma list of the OpenTelemetry specification: text of one line in which every item has its
+/// own `=`. Never refused.
+pub fn otel_attributes(s: &str) -> Vec<String> {
+    let is_list = s.lines().count() == 1 && s.split(',').all(|item| item.contains('='));
+    let owned = |item: &str| item.trim().to_string();
+    if is_list { s.split(',').map(owned).collect() } else { s.lines().map(owned).collect() }
+}
+
 /// Comma list of `N` or `LO-HI`; blanks and empty items are ignored.
 pub fn port_set(s: &str) -> Result<BTreeSet<u16>, Expected> {
     let mut set = BTreeSet::new();
@@ -167,11 +175,6 @@ pub fn default_policy(s: &str) -> Result<DefaultPolicy, Expected> {
         "expected deny, all-authenticated, all-unauthenticated, cluster-authenticated, cluster-unauthenticated or audit"
             .into()
     })
-}
-
-/// Whether a control-plane address stays on this machine: a loopback IP, or `localhost.` with its dot.
-pub fn is_loopback(addr: &ControlAddr) -> bool {
-    addr.host.eq_ignore_ascii_case("localhost.") || addr.host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 #[cfg(test)]
@@ -245,9 +248,33 @@ mod tests {
             &[("a.b.:80", ca("a.b.", 80)), ("[::1]:80", ca("::1", 80)), ("LocalHost.:1", ca("localhost.", 1))],
             &["a.b", ":80", "a b:80", "a:99999"],
         );
-        assert!(is_loopback(&ca("localhost.", 1)));
-        assert!(!is_loopback(&ca("localhost", 1)));
-        assert!(is_loopback(&ca("127.9.9.9", 1)));
+        assert!(ca("localhost.", 1).is_loopback());
+        assert!(!ca("localhost", 1).is_loopback());
+        assert!(ca("127.9.9.9", 1).is_loopback());
+    }
+
+    #[test]
+    fn dns_names_and_identities() {
+        let name = |s: &str| s.parse::<ServerName>().expect("a DNS name");
+        let (label, long) = ("x".repeat(63), format!("{0}.{0}.{0}.{1}", "x".repeat(63), "y".repeat(61)));
+        check(
+            dns_name,
+            &[
+                ("a", name("a")),
+                ("A_b-1.C.", name("a_b-1.c")),
+                ("1.a", name("1.a")),
+                (&label, name(&label)),
+                (&long, name(&long)),
+            ],
+            &["", ".", "*.a", "-a", "a-", "a..b", "1.2.3.4", "a.1", "a b", "::1", &"x".repeat(64), &format!("{long}z")],
+        );
+        let id = |s: &str| s.parse::<linkerd_tls::Id>().map_err(|e| e.to_string());
+        let good = |s: &str| id(s).expect("an identity");
+        check(
+            id,
+            &[("A.b", good("a.b")), ("spiffe://root/web", good("spiffe://root/web"))],
+            &["a.b.", "", "spiffe:", "/path", "a b"],
+        );
     }
 
     #[test]
@@ -293,6 +320,13 @@ mod tests {
             &[("10.0.0.1", HashSet::from(["10.0.0.1".parse().expect("an IP")]))],
             &["", "10.0.0.1, ::1", "10.0.0.0/8"],
         );
+    }
+
+    #[test]
+    fn resource_attributes() {
+        assert_eq!(otel_attributes("a=1,b=2"), ["a=1", "b=2"]);
+        assert_eq!(otel_attributes("a=1,2"), ["a=1,2"]);
+        assert_eq!(otel_attributes("a=1,b=2\nc=3"), ["a=1,b=2", "c=3"]);
     }
 
     #[test]

@@ -25,6 +25,7 @@ mod resolve;
 mod server;
 pub mod spire;
 mod stream;
+pub mod traces;
 
 pub use self::{client::tls::Secure, record::Lookup};
 
@@ -40,7 +41,7 @@ use crate::{
     policy::{ClientPolicy, DiscoveryError, Resolution, ServerPolicy, Source, Target},
 };
 use futures_util::future::BoxFuture;
-use linkerd_stack::backoff::Backoff;
+use linkerd_stack::{backoff::Backoff, balance};
 use linkerd2_proxy_api::{
     destination::{self as destination_api, destination_client::DestinationClient},
     inbound::{self as inbound_api, inbound_server_policies_client::InboundServerPoliciesClient},
@@ -61,6 +62,8 @@ pub enum ControlService {
     Destination,
     /// Inbound and outbound policies.
     Policy,
+    /// Takes spans.
+    TraceCollector,
 }
 
 /// Kinds of DNS look-ups.
@@ -89,6 +92,12 @@ pub trait Observer: Send + Sync + 'static {
         let _ = (service, status, latency);
     }
 
+    /// What a new client's balancer tells (metrics.md 5.9).
+    fn balancer(&self, service: ControlService) -> Arc<dyn balance::Observer> {
+        let _ = service;
+        Arc::new(())
+    }
+
     /// A response ended: none = it never began, or never told.
     fn response(&self, service: ControlService, status: Option<u16>, grpc_status: Option<u16>) {
         let _ = (service, status, grpc_status);
@@ -105,6 +114,7 @@ impl ControlService {
             Self::Identity => "identity",
             Self::Destination => "destination",
             Self::Policy => "policy",
+            Self::TraceCollector => "trace_collector",
         }
     }
 }
@@ -169,7 +179,7 @@ impl Control {
         let Start { control, inbound, outbound, admin_port, is_gateway, dns, secure, observer } = start;
         let dns: Arc<dyn dns::Lookup> = Arc::new(dns::System::new(dns));
         let service = |service, addr: &config::ControlAddr| {
-            let loopback = client::is_loopback(addr);
+            let loopback = addr.is_loopback();
             let connect = if loopback { &control.loopback_connect } else { &control.connect };
             let client = Client::new(Options {
                 service,
@@ -314,6 +324,7 @@ impl Source for Control {
         let request = self.destination_request(discovery.to_string());
         let client = DestinationClient::with_origin(self.destination.client.clone(), self.destination.origin.clone());
         let record = self.registry.record("Destination.Get", discovery.to_string());
+        let (unheard, connection) = (record.outage(), self.destination.client.clone());
         let call = stream::call(move || {
             let (mut client, request) = (client.clone(), request.clone());
             async move { client.get(request).await }
@@ -321,7 +332,7 @@ impl Source for Control {
         let subscription = Subscription::new(self.destination.settings(Resume::AfterBackoff), record, call);
         let (tx, rx) = mpsc::channel(resolve::UPDATES);
         self.runtime.spawn(resolve::run(subscription, tx));
-        Resolution(rx)
+        Resolution { updates: rx, stale: Arc::new(move || connection.trouble().or_else(&unheard)) }
     }
 }
 

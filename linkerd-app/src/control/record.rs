@@ -106,6 +106,15 @@ impl Record {
         self.state.lock().last_error.clone()
     }
 
+    /// Tells why nothing is heard any more, as long as a stream that had said something is gone. Outlives the record.
+    pub(crate) fn outage(&self) -> impl Fn() -> Option<Arc<str>> + Send + Sync + use<> {
+        let state = self.state.clone();
+        move || {
+            let state = state.lock();
+            state.last_error.clone().filter(|_| !state.live && state.heard.is_some())
+        }
+    }
+
     /// For the log.
     pub(crate) fn method(&self) -> &'static str {
         self.state.lock().method
@@ -132,9 +141,13 @@ mod tests {
         let registry = Arc::new(Registry::default());
         let record = registry.record("Destination.Get", "web:80".into());
         assert_eq!(registry.snapshot()[0].age, None);
+        let outage = record.outage();
+        record.ended("silent".into());
+        assert_eq!(outage(), None, "nothing was ever said");
         record.heard();
         tokio::time::advance(Duration::from_secs(3)).await;
         record.ended("gone".into());
+        assert_eq!(outage().as_deref(), Some("gone"));
         let found = &registry.snapshot()[0];
         assert_eq!((found.live, found.age, found.messages), (false, Some(Duration::from_secs(3)), 1));
         assert_eq!(found.last_error.as_deref(), Some("gone"));

@@ -103,7 +103,7 @@ pub fn retry_after(status: StatusCode, headers: &HeaderMap) -> Option<Duration> 
 /// ready, response headers were late, or the peer says that it did not process the stream.
 pub fn is_always_retryable(error: &Error) -> bool {
     match error.cause() {
-        Cause::FailFast | Cause::ResponseHeadersTimeout(_) => true,
+        Cause::FailFast(_) | Cause::ResponseHeadersTimeout(_) => true,
         Cause::Http2Reset(reason) => *reason == h2::Reason::REFUSED_STREAM,
         _ => false,
     }

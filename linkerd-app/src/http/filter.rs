@@ -1,8 +1,7 @@
 //! What routes do to requests and responses: header changes, redirects, rewrites, CORS, injected failures
 //! (behaviour.md C.8, resources.md 3.7).
 //!
-//! Filters run in their order in the list. Mirrors are not handled here: a copy needs the body, which belongs to the
-//! caller.
+//! Filters run in their order in the list. Copies for mirrors are the caller's to make: a copy needs the body.
 
 use super::route::Match;
 use crate::{
@@ -53,9 +52,24 @@ pub fn on_request<'a, B>(
     filters: impl IntoIterator<Item = &'a Filter>,
     req: &mut Request<B>,
     matched: &Match,
+    random: impl FnMut(u32) -> u32,
+) -> Result<Flow, Error> {
+    on_request_copied(filters, req, matched, random, |_| ())
+}
+
+/// As [`on_request`]; `copy` is called once, with the request as it is at the first mirror of the list.
+///
+/// # Errors
+/// As [`on_request`].
+pub fn on_request_copied<'a, B>(
+    filters: impl IntoIterator<Item = &'a Filter>,
+    req: &mut Request<B>,
+    matched: &Match,
     mut random: impl FnMut(u32) -> u32,
+    copy: impl FnOnce(&mut Request<B>),
 ) -> Result<Flow, Error> {
     let mut follow_up = FollowUp::default();
+    let mut copy = Some(copy);
     for filter in filters {
         match filter {
             Filter::RequestHeaders(modifier) => modify(modifier, req.headers_mut()),
@@ -77,7 +91,12 @@ pub fn on_request<'a, B>(
             Filter::Unknown { what } => {
                 return Err(Cause::Unexpected(format!("policy configured with unknown filter: {what}").into()).into());
             }
-            Filter::ResponseHeaders(_) | Filter::Mirror(_) | Filter::HttpFailure(_) | Filter::GrpcFailure(_) => {}
+            Filter::Mirror(_) => {
+                if let Some(copy) = copy.take() {
+                    copy(req);
+                }
+            }
+            Filter::ResponseHeaders(_) | Filter::HttpFailure(_) | Filter::GrpcFailure(_) => {}
         }
     }
     Ok(Flow::Forward(follow_up))

@@ -5,6 +5,7 @@ pub mod classify;
 pub mod filter;
 pub mod rescue;
 pub mod route;
+pub mod settings;
 
 pub use self::{
     rescue::{Answer, Asked, Rescue},

@@ -1,15 +1,15 @@
 //! The one place where a failure becomes an answer: status, gRPC code, whether the client's connection is closed, and
 //! the text of `l5d-proxy-error` and `grpc-message` (behaviour.md C.11 and E.6).
 //!
-//! [`verdict`] matches every cause without a wildcard. Inbound and outbound differ only in who is told the reason.
+//! What is answered stands in [`facts`]. Inbound and outbound differ only in who is told the reason.
 
 use super::is_grpc;
 use crate::{
-    error::{Cause, Error},
+    error::{Cause, Error, Facts, facts},
     telemetry::termination::Phase,
 };
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Version,
+    HeaderMap, HeaderName, HeaderValue, Request, Response, Version,
     header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, LOCATION, RETRY_AFTER},
 };
 
@@ -56,19 +56,6 @@ pub enum Answer<B> {
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub struct Close;
 
-/// What is decided from a cause.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
-pub struct Verdict {
-    /// HTTP status for requests that are not gRPC.
-    pub status: StatusCode,
-    /// gRPC code.
-    pub grpc: u16,
-    /// Whether the client's connection is closed after the answer.
-    pub close: bool,
-    /// Set if HTTP/2 clients get their stream reset instead.
-    pub reset: Option<h2::Reason>,
-}
-
 impl Asked {
     /// Of a request as it came, before its version is changed.
     pub fn of<B>(req: &Request<B>) -> Self {
@@ -82,123 +69,32 @@ pub fn closes<B>(rsp: &Response<B>) -> bool {
     rsp.extensions().get::<Close>().is_some()
 }
 
-/// The table. gRPC codes are those of the gRPC specification: 1 cancelled, 2 unknown, 4 deadline exceeded, 5 not
-/// found, 7 permission denied, 8 resource exhausted, 9 failed precondition, 10 aborted, 13 internal, 14 unavailable.
-pub fn verdict(cause: &Cause) -> Verdict {
-    let v = |status, grpc, close| Verdict { status, grpc, close, reset: None };
-    match cause {
-        Cause::FailFast => v(StatusCode::GATEWAY_TIMEOUT, 4, true),
-        Cause::LoadShed => v(StatusCode::SERVICE_UNAVAILABLE, 14, true),
-        Cause::RequestTimeout(_)
-        | Cause::BackendRequestTimeout(_)
-        | Cause::ResponseTimeout(_)
-        | Cause::ResponseHeadersTimeout(_)
-        | Cause::IdleTimeout(_) => v(StatusCode::GATEWAY_TIMEOUT, 4, false),
-        Cause::ProfileTimeout(_) | Cause::ConnectTimeout(_) => v(StatusCode::GATEWAY_TIMEOUT, 4, true),
-        Cause::DetectTimeout(_) => v(StatusCode::REQUEST_TIMEOUT, 4, true),
-        Cause::RequiredId { .. } => v(StatusCode::BAD_GATEWAY, 14, true),
-        Cause::FailBackend { status, grpc_code, .. } => v(final_status(*status), *grpc_code, true),
-        Cause::NoRoute | Cause::GatewayDomain => v(StatusCode::NOT_FOUND, 5, false),
-        Cause::Redirect { status, .. } => v(final_status(*status), 5, false),
-        Cause::InjectedHttp { status, .. } => v(final_status(*status), 9, false),
-        Cause::InjectedGrpc { code, .. } => v(http_of_grpc(*code), *code, false),
-        Cause::Unauthorized | Cause::Forbidden(_) => v(StatusCode::FORBIDDEN, 7, false),
-        Cause::RateLimited { .. } => v(StatusCode::TOO_MANY_REQUESTS, 8, false),
-        Cause::GatewayLoop => v(StatusCode::LOOP_DETECTED, 10, true),
-        Cause::Discovery(_) => v(StatusCode::SERVICE_UNAVAILABLE, 14, true),
-        Cause::Http2Reset(reason) => Verdict { reset: Some(*reason), ..v(StatusCode::BAD_GATEWAY, 14, true) },
-        Cause::Http2Connection(_) | Cause::Io { .. } | Cause::IncompleteResponse | Cause::Tls(_) | Cause::Loop(_) => {
-            v(StatusCode::BAD_GATEWAY, 14, true)
-        }
-        Cause::BadRequest(_) => v(StatusCode::BAD_REQUEST, 13, true),
-        Cause::Canceled => v(StatusCode::INTERNAL_SERVER_ERROR, 1, true),
-        Cause::InvalidPolicy(_) | Cause::MissingAuthority | Cause::Unexpected(_) => {
-            v(StatusCode::INTERNAL_SERVER_ERROR, 13, true)
-        }
-    }
-}
-
 /// Whether a cause is the endpoint's failure to answer, which counts as an answer of the endpoint: breakers, retries
 /// and metrics see a 502 or 504 (behaviour.md E.6, second table).
 pub fn is_endpoint_level(cause: &Cause, asked: &Asked) -> bool {
-    match cause {
-        Cause::Io { .. }
-        | Cause::ConnectTimeout(_)
-        | Cause::IncompleteResponse
-        | Cause::Tls(_)
-        | Cause::Http2Connection(_)
-        | Cause::Loop(_) => true,
-        Cause::Http2Reset(_) => asked.version < Version::HTTP_2 || asked.orig_proto,
-        Cause::FailFast
-        | Cause::LoadShed
-        | Cause::RequestTimeout(_)
-        | Cause::BackendRequestTimeout(_)
-        | Cause::ResponseTimeout(_)
-        | Cause::ResponseHeadersTimeout(_)
-        | Cause::IdleTimeout(_)
-        | Cause::ProfileTimeout(_)
-        | Cause::RequiredId { .. }
-        | Cause::FailBackend { .. }
-        | Cause::NoRoute
-        | Cause::Redirect { .. }
-        | Cause::InjectedHttp { .. }
-        | Cause::InjectedGrpc { .. }
-        | Cause::Unauthorized
-        | Cause::RateLimited { .. }
-        | Cause::Forbidden(_)
-        | Cause::GatewayDomain
-        | Cause::GatewayLoop
-        | Cause::InvalidPolicy(_)
-        | Cause::Discovery(_)
-        | Cause::BadRequest(_)
-        | Cause::MissingAuthority
-        | Cause::Canceled
-        | Cause::DetectTimeout(_)
-        | Cause::Unexpected(_) => false,
-    }
-}
-
-/// An informational status cannot end an exchange.
-fn final_status(status: StatusCode) -> StatusCode {
-    if status.is_informational() { StatusCode::INTERNAL_SERVER_ERROR } else { status }
-}
-
-/// The HTTP status that says the same as a gRPC code (google.rpc.Code), for callers that do not speak gRPC.
-fn http_of_grpc(code: u16) -> StatusCode {
-    match code {
-        0 => StatusCode::OK,
-        3 | 9 | 11 => StatusCode::BAD_REQUEST,
-        4 => StatusCode::GATEWAY_TIMEOUT,
-        5 => StatusCode::NOT_FOUND,
-        6 | 10 => StatusCode::CONFLICT,
-        7 => StatusCode::FORBIDDEN,
-        8 => StatusCode::TOO_MANY_REQUESTS,
-        12 => StatusCode::NOT_IMPLEMENTED,
-        14 => StatusCode::SERVICE_UNAVAILABLE,
-        16 => StatusCode::UNAUTHORIZED,
-        _ => StatusCode::INTERNAL_SERVER_ERROR,
-    }
+    let facts = facts(cause);
+    facts.of_endpoint && (facts.reset.is_none() || asked.version < Version::HTTP_2 || asked.orig_proto)
 }
 
 impl Rescue {
     /// The answer to a request that failed.
     pub fn answer<B: Default>(&self, error: &Error, asked: &Asked) -> Answer<B> {
-        let verdict = verdict(error.cause());
-        if let Some(reason) = verdict.reset
+        let facts = facts(error.cause());
+        if let Some(reason) = facts.reset
             && asked.version == Version::HTTP_2
             && !asked.orig_proto
         {
             return Answer::Reset(reason);
         }
-        Answer::Response(self.respond(&verdict, error, asked))
+        Answer::Response(self.respond(&facts, error, asked))
     }
 
     /// The answer as a response, for failures that count as the endpoint's own answers.
     pub fn response<B: Default>(&self, error: &Error, asked: &Asked) -> Response<B> {
-        self.respond(&verdict(error.cause()), error, asked)
+        self.respond(&facts(error.cause()), error, asked)
     }
 
-    fn respond<B: Default>(&self, verdict: &Verdict, error: &Error, asked: &Asked) -> Response<B> {
+    fn respond<B: Default>(&self, facts: &Facts, error: &Error, asked: &Asked) -> Response<B> {
         let mut rsp = Response::new(B::default());
         // The codec of the client's connection sets the version; orig-proto responses carry the one asked for.
         *rsp.version_mut() = asked.version;
@@ -206,7 +102,7 @@ impl Rescue {
         headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
         if asked.grpc {
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-            headers.insert(GRPC_STATUS, HeaderValue::from(verdict.grpc));
+            headers.insert(GRPC_STATUS, HeaderValue::from(facts.grpc));
             if self.informational {
                 headers.insert(GRPC_MESSAGE, grpc_message(error));
             }
@@ -222,17 +118,17 @@ impl Rescue {
             headers.insert(L5D_PROXY_ERROR, message(error));
             let code = error.code(Phase::Request);
             headers.insert(L5D_PROXY_TERMINATION, HeaderValue::from_static(code.as_str()));
-            if verdict.close {
+            if facts.close {
                 headers.insert(L5D_PROXY_CONNECTION, HeaderValue::from_static("close"));
             }
         }
-        if verdict.close && asked.version == Version::HTTP_11 && !asked.orig_proto {
+        if facts.close && asked.version == Version::HTTP_11 && !asked.orig_proto {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
         if !asked.grpc {
-            *rsp.status_mut() = verdict.status;
+            *rsp.status_mut() = facts.status;
         }
-        if verdict.close {
+        if facts.close {
             rsp.extensions_mut().insert(Close);
         }
         rsp
@@ -241,7 +137,7 @@ impl Rescue {
     /// Trailers that end a gRPC response whose body failed.
     pub fn trailers(&self, error: &Error) -> HeaderMap {
         let mut trailers = HeaderMap::with_capacity(2);
-        trailers.insert(GRPC_STATUS, HeaderValue::from(verdict(error.cause()).grpc));
+        trailers.insert(GRPC_STATUS, HeaderValue::from(facts(error.cause()).grpc));
         if self.informational {
             trailers.insert(GRPC_MESSAGE, grpc_message(error));
         }
@@ -268,7 +164,8 @@ fn message(error: &Error) -> HeaderValue {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::RateLimitScope;
+    use crate::error::{Lack, RateLimitScope};
+    use http::StatusCode;
     use std::time::Duration;
 
     const S: Duration = Duration::from_secs(1);
@@ -309,8 +206,8 @@ mod tests {
     #[test]
     fn every_cause_has_its_answer() {
         let text: std::sync::Arc<str> = "why".into();
-        check(Cause::FailFast, 504, 4, true);
-        check(Cause::LoadShed, 503, 14, true);
+        check(Cause::FailFast(Lack::Readiness), 504, 4, true);
+        check(Cause::LoadShed(Lack::Readiness), 503, 14, true);
         check(Cause::RequestTimeout(S), 504, 4, false);
         check(Cause::BackendRequestTimeout(S), 504, 4, false);
         check(Cause::ResponseTimeout(S), 504, 4, false);

@@ -13,6 +13,10 @@ use std::time::{Duration, SystemTime};
 /// Longest that one attempt may take; a controller that hangs is then tried anew over a fresh connection.
 const ATTEMPT: Duration = Duration::from_secs(30);
 
+/// A certificate that was issued this moment and yet is valid since longer was issued by another clock, or backdated by an
+/// unusual amount: Linkerd's issuer backdates by 20 s.
+const SKEW: Duration = Duration::from_secs(600);
+
 /// Whoever grants requests.
 pub trait Certify: Send + Sync + 'static {
     /// Grants a request, PKCS#10 in DER. Reads the token anew each time. Called again after each failure; dropping the
@@ -83,11 +87,25 @@ impl Certifying {
             }
         };
         let Certified { leaf, intermediates, expiry } = certified;
-        let key_pkcs8 = self.documents.key.clone();
+        let certificate = Certificate { leaf, intermediates, key_pkcs8: self.documents.key.clone(), expiry };
+        let skew = self.skew(&certificate);
         self.installer
-            .install(None, Certificate { leaf, intermediates, key_pkcs8, expiry }, observer)
+            .install(None, certificate, observer)
             .map_err(|error| format!("the certificate that was issued is refused: {error}"))?;
+        if let Some(skew) = skew {
+            tracing::warn!(
+                id = %self.installer.id(), skew_secs = skew.as_secs(),
+                "The certificate that was just issued is valid since long by this machine's clock: this clock is ahead of the \
+                 issuer's, and certificates seem to expire early"
+            );
+        }
         Ok(expiry)
+    }
+
+    /// How much this clock seems to be ahead of the issuer's, if that is much.
+    fn skew(&self, issued: &Certificate) -> Option<Duration> {
+        let (not_before, _) = issued.validity().ok()?;
+        (self.clock.now)().duration_since(not_before).ok().filter(|age| *age > SKEW)
     }
 
     /// A failure is a warning while there is a certificate that works, and an error without.

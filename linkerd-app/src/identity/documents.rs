@@ -1,9 +1,10 @@
 //! The key and the request for a certificate: read from the identity folder if a helper left them there, else made in
-//! memory (contract.md section 4). Nothing is ever written.
+//! memory (contract.md section 4); and the token that goes with the request. Nothing is ever written.
 
 use linkerd_tls::{Id, Invalid, Key, csr};
 use std::{
-    fs, io,
+    fs,
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
@@ -13,6 +14,9 @@ const KEY: &str = "key.p8";
 const CSR: &str = "csr.der";
 /// Largest file that is read, bytes; both kinds are a few hundred.
 const MAX_FILE: u64 = 64 * 1024;
+
+/// Largest token that is read, bytes; a service-account token has about 1,500.
+const MAX_TOKEN: u64 = 64 * 1024;
 
 /// A key and a request for a certificate of it.
 #[derive(Clone, Debug)]
@@ -89,6 +93,33 @@ impl Documents {
     }
 }
 
+/// Why there is no token.
+#[derive(Debug, thiserror::Error)]
+#[error("token {path} {why}", path = path.display())]
+pub struct TokenError {
+    /// The file.
+    pub path: PathBuf,
+    why: String,
+}
+
+/// The service-account token, byte for byte. Blocks on a small file.
+///
+/// # Errors
+/// When it can't be read, is empty, or is too large to be one.
+pub fn token(path: &Path) -> Result<Vec<u8>, TokenError> {
+    let error = |why: String| TokenError { path: path.to_owned(), why };
+    let mut token = Vec::new();
+    let file = fs::File::open(path).map_err(|e| error(format!("can't be read: {e}")))?;
+    file.take(MAX_TOKEN + 1).read_to_end(&mut token).map_err(|e| error(format!("can't be read: {e}")))?;
+    if token.is_empty() {
+        return Err(error("is empty".into()));
+    }
+    if token.len() as u64 > MAX_TOKEN {
+        return Err(error(format!("is larger than {MAX_TOKEN} bytes")));
+    }
+    Ok(token)
+}
+
 fn read(path: &Path) -> Result<Option<Vec<u8>>, Error> {
     let error = |source| Error::Read { path: path.to_owned(), source };
     let len = match fs::metadata(path) {
@@ -151,5 +182,19 @@ mod tests {
         fs::write(dir.0.join(KEY), db.key.secret_der()).unwrap();
         fs::write(dir.0.join(CSR), &db.csr).unwrap();
         refused(&dir, "db.example");
+    }
+
+    #[test]
+    fn tokens_are_read_whole_or_refused_with_a_reason() {
+        let dir = Dir::new("token");
+        let file = |content: &[u8]| {
+            fs::write(dir.0.join("token"), content).unwrap();
+            token(&dir.0.join("token")).map_err(|e| e.to_string())
+        };
+        assert_eq!(file(b" a token\n").unwrap(), b" a token\n");
+        assert!(file(b"").unwrap_err().ends_with("token is empty"));
+        assert!(file(&[b'x'; 65_537]).unwrap_err().contains("larger than 65536 bytes"));
+        let missing = token(&dir.0.join("none")).unwrap_err().to_string();
+        assert!(missing.contains("none can't be read: No such file"), "{missing}");
     }
 }

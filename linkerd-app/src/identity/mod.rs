@@ -51,6 +51,9 @@ pub enum Error {
     /// A key or request found in the identity folder is unusable.
     #[error(transparent)]
     Documents(#[from] documents::Error),
+    /// There is no token to ask for a certificate with.
+    #[error(transparent)]
+    Token(#[from] documents::TokenError),
     /// The folder that stands for an issuer is unusable.
     #[error(transparent)]
     Folder(#[from] folder::Error),
@@ -73,7 +76,8 @@ pub enum Task {
 pub fn prepare(config: &config::Identity) -> Result<(Reader, Task), Error> {
     let channel = |roots| identity::channel(config.id.clone(), config.server_name.clone(), roots);
     match &config.issuer {
-        config::Issuer::Certify { trust_anchors, dir, .. } => {
+        config::Issuer::Certify { trust_anchors, dir, token_file, .. } => {
+            documents::token(token_file)?;
             let documents = documents::Documents::load(dir, &config.id)?;
             let (writer, reader) = channel(anchors(trust_anchors)?);
             let clamp = (config.min_refresh, config.max_refresh);

@@ -202,7 +202,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_application_that_cannot_be_reached_is_no_answer() {
-        let dial = async { Err::<(DuplexStream, ()), _>(Cause::FailFast.into()) };
+        let dial = async { Err::<(DuplexStream, ()), _>(Cause::FailFast(crate::error::Lack::Connection).into()) };
         let waited = first(pending::<()>(), Some(dial), Duration::ZERO, LIMIT).await;
         assert!(matches!(waited, First::Timeout));
     }

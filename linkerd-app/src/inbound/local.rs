@@ -7,7 +7,7 @@
 use super::Inbound;
 use crate::{
     config,
-    error::{Cause, Error},
+    error::{Cause, Error, Lack},
     policy::authz::NoTls,
     telemetry::{ConnLabels, ConnMetrics, Direction, Peer, Telemetry, TlsLabels},
     transport::{self, Metered},
@@ -124,8 +124,7 @@ impl Locals {
             authority: None,
             dst: None,
         };
-        let crate::policy::client::Backoff { min, max, jitter } = cfg.connect.backoff;
-        let backoff = Backoff { min, max, jitter };
+        let backoff = crate::http::settings::backoff(&cfg.connect.backoff);
         Self {
             dial: Arc::new(Dial {
                 connect: cfg.connect.clone(),
@@ -229,7 +228,7 @@ impl To {
                     }
                     tracing::info!(addr = %self.addr, %error, "the application cannot be reached: failing fast");
                     self.gate.shut(&self.dial.backoff);
-                    return Err(Error::new(Cause::FailFast).context(error.to_string()));
+                    return Err(Error::new(Cause::FailFast(Lack::Connection)).context(error.to_string()));
                 }
             }
         }
@@ -246,7 +245,7 @@ impl Local {
         let mut queued = None;
         if version == ::http::Version::HTTP_2 {
             if !self.gate.admits() {
-                return Err(Cause::LoadShed.into());
+                return Err(Cause::LoadShed(Lack::Connection).into());
             }
             if !self.client.is_connected() {
                 queued = Some(self.gate.enqueue(self.queue)?);
@@ -299,7 +298,7 @@ impl Gate {
     fn enqueue(&self, capacity: usize) -> Result<Counted<'_>, Error> {
         let place = Counted::new(&self.queued);
         match self.queued.load(Ordering::Relaxed) > capacity {
-            true => Err(Error::new(Cause::LoadShed)
+            true => Err(Error::new(Cause::LoadShed(Lack::Room))
                 .context("too many requests wait for the application (LINKERD2_PROXY_INBOUND_HTTP_QUEUE_CAPACITY)")),
             false => Ok(place),
         }
@@ -359,7 +358,7 @@ mod tests {
         let to = to(addr, 1);
         let start = Instant::now();
         let error = to.connect_patiently().await.unwrap_err();
-        assert_eq!(*error.cause(), Cause::FailFast);
+        assert_eq!(*error.cause(), Cause::FailFast(Lack::Connection));
         assert_eq!(start.elapsed(), Duration::from_secs(1));
         assert!(!to.gate.admits());
     }

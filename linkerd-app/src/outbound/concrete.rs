@@ -3,11 +3,12 @@
 
 use super::Runtime;
 use crate::{
-    error::{Cause, Error},
+    error::{Cause, Error, Lack},
     policy::{
-        Endpoint, Resolution, Update,
+        Endpoint, Update,
         client::{Failure, Load},
         endpoint::EndpointMeta,
+        source::Stale,
     },
 };
 use linkerd_stack::{
@@ -84,7 +85,9 @@ pub(super) struct Replicas<E> {
     driver: Option<AbortHandle>,
     /// Set when discovery gave the name up.
     failed: Arc<AtomicBool>,
-    explanation: Mutex<Option<(Instant, Arc<str>)>>,
+    explanation: Mutex<Option<(Instant, Lack, Arc<str>)>>,
+    /// The present resolution's; none of a known replica.
+    stale: Arc<Mutex<Option<Stale>>>,
     queue_capacity: usize,
 }
 
@@ -133,6 +136,7 @@ impl<E: Replica> Replicas<E> {
             driver: None,
             failed: Arc::default(),
             explanation: Mutex::new(None),
+            stale: Arc::default(),
         }
     }
 
@@ -144,7 +148,15 @@ impl<E: Replica> Replicas<E> {
         build: impl FnMut(&Endpoint) -> E + Send + 'static,
     ) -> Self {
         let mut this = Self::new(settings);
-        let driver = drive(rt.clone(), discovery.clone(), this.balance.clone(), this.failed.clone(), build);
+        let resolve = {
+            let (rt, discovery, stale) = (rt.clone(), discovery.clone(), this.stale.clone());
+            move || {
+                let resolution = rt.source.resolve(&discovery);
+                *stale.lock() = Some(resolution.stale);
+                resolution.updates
+            }
+        };
+        let driver = drive(discovery.clone(), resolve, this.balance.clone(), this.failed.clone(), build);
         this.driver = Some(tokio::spawn(driver).abort_handle());
         this
     }
@@ -160,32 +172,34 @@ impl<E: Replica> Replicas<E> {
     /// A replica, waiting in the queue if none is ready (behaviour.md D.8).
     ///
     /// # Errors
-    /// [`Cause::FailFast`], [`Cause::LoadShed`], or [`Cause::Unexpected`] if discovery gave the name up.
+    /// [`Cause::FailFast`] and [`Cause::LoadShed`], which say what was lacking, or [`Cause::Unexpected`] if discovery gave the name up.
     pub(super) async fn acquire(&self) -> Result<Picked<SocketAddr, Arc<E>>, Error> {
         self.balance.acquire().await.map_err(|error| match error {
-            NotReady::FailFast(_) => Error::new(Cause::FailFast).context(self.explain()),
+            NotReady::FailFast(_) => self.explain(Cause::FailFast),
             NotReady::LoadShed if self.is_open() => {
-                Error::new(Cause::LoadShed).context(format!("the queue of {} is full", self.queue_capacity))
+                Error::new(Cause::LoadShed(Lack::Room)).context(format!("the queue of {} is full", self.queue_capacity))
             }
-            NotReady::LoadShed => Error::new(Cause::LoadShed).context(self.explain()),
+            NotReady::LoadShed => self.explain(Cause::LoadShed),
             NotReady::Failed(reason) => Error::new(Cause::Unexpected(reason)),
         })
     }
 
-    /// Which kind of nothing there is.
-    fn explain(&self) -> Arc<str> {
+    /// A failure that says which kind of nothing there is.
+    fn explain(&self, cause: fn(Lack) -> Cause) -> Error {
         let mut explanation = self.explanation.lock();
-        if let Some((at, text)) = &*explanation
-            && at.elapsed() < EXPLANATION_LIFETIME
-        {
-            return text.clone();
-        }
-        let text: Arc<str> = self.look().into();
-        *explanation = Some((Instant::now(), text.clone()));
-        text
+        let (lack, text) = match &*explanation {
+            Some((at, lack, text)) if at.elapsed() < EXPLANATION_LIFETIME => (*lack, text.clone()),
+            _ => {
+                let (lack, text) = self.look();
+                let text = Arc::<str>::from(text);
+                *explanation = Some((Instant::now(), lack, text.clone()));
+                (lack, text)
+            }
+        };
+        Error::new(cause(lack)).context(text)
     }
 
-    fn look(&self) -> String {
+    fn look(&self) -> (Lack, String) {
         let members = self.balance.status();
         let (mut ejected, mut unconnected, mut example) = (0_usize, 0_usize, None);
         for member in &members {
@@ -198,10 +212,10 @@ impl<E: Replica> Replicas<E> {
                 None => {}
             }
         }
-        if members.is_empty() {
-            return "no endpoints".to_string();
-        }
-        let mut text = format!("no endpoint of {} is ready", members.len());
+        let mut text = match members.len() {
+            0 => "no endpoints".to_string(),
+            n => format!("no endpoint of {n} is ready"),
+        };
         if ejected > 0 {
             let _ = write!(text, ", {ejected} shut by circuit breakers");
         }
@@ -211,7 +225,18 @@ impl<E: Replica> Replicas<E> {
         if let Some((addr, failure)) = example {
             let _ = write!(text, " ({addr}: {failure})");
         }
-        text
+        let stale = self.stale.lock().as_ref().and_then(|stale| stale());
+        if let Some(why) = &stale {
+            let _ = write!(text, ", and discovery is stale ({why})");
+        }
+        let lack = match (stale, members.len(), ejected, unconnected) {
+            (Some(_), ..) => Lack::Discovery,
+            (None, 0, ..) => Lack::Endpoints,
+            (None, _, 0, 0) => Lack::Readiness,
+            (None, _, ejected, unconnected) if ejected >= unconnected => Lack::Admission,
+            (None, ..) => Lack::Connection,
+        };
+        (lack, text)
     }
 
     /// Whether discovery gave the name up, so that it must be asked again.
@@ -235,15 +260,15 @@ impl<E> Drop for Replicas<E> {
 
 /// Follows discovery until dropped. When discovery ends, what it said last stays in force.
 async fn drive<E: Replica>(
-    rt: Arc<Runtime>,
     discovery: Arc<str>,
+    resolve: impl Fn() -> mpsc::Receiver<Update>,
     balance: Balance<SocketAddr, Arc<E>>,
     failed: Arc<AtomicBool>,
     mut build: impl FnMut(&Endpoint) -> E,
 ) {
     let mut known: BTreeMap<SocketAddr, Arc<EndpointMeta>> = BTreeMap::new();
     let gate = balance.gate();
-    let Resolution(mut updates) = rt.source.resolve(&discovery);
+    let mut updates = resolve();
     // Whether discovery was asked anew and has not answered yet.
     let mut anew = false;
     let (mut patience, mut asked) = (REFUSED_FOR, Instant::now());
@@ -253,13 +278,13 @@ async fn drive<E: Replica>(
             update = updates.recv() => update,
             () = stale(&gate, STALE_AFTER.mul_f64(jitter)) => {
                 tracing::info!(%discovery, "no endpoint has been ready for long; asking discovery again");
-                Resolution(updates) = rt.source.resolve(&discovery);
+                updates = resolve();
                 anew = true;
                 continue;
             }
             endpoint = refusing(&balance, asked, patience.mul_f64(jitter)) => {
                 tracing::info!(%discovery, %endpoint, "an endpoint keeps refusing connections; asking discovery again");
-                Resolution(updates) = rt.source.resolve(&discovery);
+                updates = resolve();
                 anew = true;
                 (patience, asked) = ((patience * 2).min(REFUSED_FOR_MAX), Instant::now());
                 continue;

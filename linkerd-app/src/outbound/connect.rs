@@ -13,7 +13,7 @@ use crate::{
 };
 use bytes::Bytes;
 use linkerd_stack::{BoxFuture, BoxedIo, http::Version};
-use linkerd_tls::{ClientTls, Id, web};
+use linkerd_tls::{Client, ClientTls, Id, web};
 use parking_lot::Mutex;
 use std::{
     net::SocketAddr,
@@ -37,7 +37,7 @@ struct Inner {
     rt: Arc<Runtime>,
     /// Where TCP goes: the replica, or its proxy's inbound port.
     dial: SocketAddr,
-    tls: Result<ClientTls, NoTls>,
+    tls: Result<Client, NoTls>,
     /// TLS to a server outside the mesh, or why there can be none.
     web: Option<Result<web::Client, Arc<str>>>,
     /// Encoded once per session protocol: none, HTTP/1, HTTP/2. Present if one may be sent.
@@ -71,11 +71,11 @@ impl Connector {
         let named = meta.authority_override.as_deref().and_then(named_port);
         let tls = match (&meta.tls, &rt.identity) {
             _ if rt.is_local(endpoint.addr) => Err(NoTls::Loopback),
-            (Some(tls), Some(_)) => Ok(ClientTls {
+            (Some(tls), Some(identity)) => Ok(identity.client(ClientTls {
                 server_id: tls.server_id.clone(),
                 server_name: tls.server_name.clone(),
                 transport_header: meta.opaque_transport_port.is_some() || meta.authority_override.is_some(),
-            }),
+            })),
             (None, _) | (_, None) => Err(NoTls::NotProvidedByServiceDiscovery),
         };
         let mut dial = endpoint.addr;
@@ -84,7 +84,7 @@ impl Connector {
             if let Some(port) = meta.opaque_transport_port {
                 dial.set_port(port);
             }
-            if tls.transport_header {
+            if tls.target().transport_header {
                 let (name, port) = match named {
                     Some((name, port)) => (Some(name.to_string()), port),
                     None => (None, endpoint.addr.port()),
@@ -99,7 +99,7 @@ impl Connector {
             direction: Direction::Outbound,
             peer: Peer::Dst,
             target: Some(endpoint.addr),
-            tls: TlsLabels::Connected(tls.as_ref().map(|tls| tls.server_id.clone()).map_err(|why| *why)),
+            tls: TlsLabels::Connected(tls.as_ref().map(|tls| tls.target().server_id.clone()).map_err(|why| *why)),
             srv: None,
             authority,
             dst: Some(meta.clone()),
@@ -111,7 +111,7 @@ impl Connector {
 
     /// The identity demanded of the replica, or why none is.
     pub(super) fn server_id(&self) -> Result<&Id, NoTls> {
-        self.0.tls.as_ref().map(|tls| &tls.server_id).map_err(|why| *why)
+        self.0.tls.as_ref().map(|tls| &tls.target().server_id).map_err(|why| *why)
     }
 
     /// Opens a connection whose bytes will be framed by `session`. Dropping the future abandons it.
@@ -169,12 +169,12 @@ impl Connector {
             handshaking.store(false, Relaxed);
             return Ok(Upstream::Tls(Box::new(Metered::new(io, metrics.clone()))));
         }
-        let (Ok(tls), Some(identity)) = (tls, &rt.identity) else {
+        let Ok(tls) = tls else {
             return Ok(Upstream::Plain(io, metrics.clone()));
         };
         handshaking.store(true, Relaxed);
-        let (connected, mut io) = identity
-            .connect(io, tls)
+        let (connected, mut io) = tls
+            .connect(io)
             .await
             .map_err(|error| Error::new(Cause::Io { errno: error.errno(), message: error.to_string().into() }))?;
         handshaking.store(false, Relaxed);

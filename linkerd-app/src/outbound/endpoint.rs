@@ -5,6 +5,7 @@ use super::{
     Runtime,
     concrete::Unready,
     connect::Connector,
+    limits::Expired,
     tracked::{EndpointHook, Tracked, outcome},
 };
 use crate::{
@@ -12,24 +13,21 @@ use crate::{
     http::{
         Asked, classify,
         rescue::{L5D_PROXY_CONNECTION, L5D_PROXY_ERROR, L5D_PROXY_TERMINATION, is_endpoint_level},
+        settings,
     },
     policy::{
         client,
-        endpoint::{Endpoint, Http2Params, Http2Windows, ProtocolHint},
+        endpoint::{Endpoint, Http2Params, ProtocolHint},
     },
-    telemetry::{Class, EndpointLabels, EndpointMetrics},
+    tap::{self, About, Source},
+    telemetry::{Class, Direction, EndpointLabels, EndpointMetrics, trace::SpanKind},
 };
 use http::{HeaderName, HeaderValue, Request, Response, Version, header::HOST, uri::Authority};
 use linkerd_stack::{
     Ready,
-    backoff::Backoff,
     balance::LoadHandle,
     breaker::{self, Breaker, Permit},
-    http::{
-        Body, Client, ClientConfig, CloseConnection, SendError,
-        client::{Http1Config, Http2Config, KeepAlive},
-        normalize, orig_proto,
-    },
+    http::{Body, Client, ClientConfig, CloseConnection, SendError, client::Http1Config, normalize, orig_proto},
     ready,
 };
 use linkerd_tls::Id;
@@ -67,6 +65,7 @@ pub(super) struct HttpEndpoint {
     /// HTTP/1 requests are carried over HTTP/2.
     upgrade: bool,
     context: Arc<str>,
+    endpoint: Endpoint,
     kind: Kind,
 }
 
@@ -100,7 +99,8 @@ impl HttpEndpoint {
             .filter(|_| !local)
             .and_then(|text| Some((Authority::try_from(text).ok()?, HeaderValue::try_from(text).ok()?)));
         let context = format!("endpoint {}", endpoint.addr).into();
-        Self { client, connector, metrics, breaker, ready, authority, upgrade, context, kind: kind.clone() }
+        let (endpoint, kind) = (endpoint.clone(), kind.clone());
+        Self { client, connector, metrics, breaker, ready, authority, upgrade, context, endpoint, kind }
     }
 
     /// Whether it can take requests.
@@ -140,17 +140,21 @@ impl HttpEndpoint {
         asked: &Asked,
         load: LoadHandle,
         permit: Option<Permit>,
+        expired: &Expired,
     ) -> Result<Response<Tracked>, Error> {
         self.require_id(&mut req)?;
         self.override_authority(&mut req)?;
         let rule = classify::Rule::of(req.headers(), self.kind.grpc);
+        let tapped = self.kind.rt.telemetry.taps().request(&req, || self.about(&req));
         let carried =
             if self.upgrade && orig_proto::may_upgrade(&req) { orig_proto::upgrade_request(&mut req) } else { None };
+        let span = self.kind.rt.telemetry.tracer().begin(Direction::Outbound, SpanKind::Client, &mut req);
         self.metrics.request();
         let dispatched = Instant::now();
-        let mut waiting = Waiting { load: Some(load), dispatched };
+        let mut waiting = Waiting { held: Some((load, permit)), endpoint: self, dispatched, expired };
         let sent = self.client.send(req).await;
-        let load = waiting.load.take();
+        // Taken once: only a dropped future leaves it to the guard.
+        let Some((load, permit)) = waiting.held.take() else { return Err(Cause::Canceled.into()) };
         let mut rsp = match sent {
             Ok(mut rsp) => {
                 if let Some(carried) = carried {
@@ -162,13 +166,14 @@ impl HttpEndpoint {
                 if close && self.kind.forward {
                     rsp.extensions_mut().insert(CloseConnection);
                 }
-                rsp.map(Tracked::new)
+                tap::response(tapped, rsp).map(Tracked::new)
             }
             Err(error) => {
                 let error = send_error(error).context(self.context.clone());
                 let asked = Asked { orig_proto: asked.orig_proto || carried.is_some(), ..*asked };
                 if !is_endpoint_level(error.cause(), &asked) {
                     self.metrics.response(None, Class::error(error.cause()));
+                    tap::failed(tapped, error.cause());
                     // A client that goes away says nothing about the endpoint.
                     if let Some(permit) = permit.filter(|_| *error.cause() != Cause::Canceled) {
                         permit.resolve(breaker::Outcome::Failure);
@@ -176,13 +181,15 @@ impl HttpEndpoint {
                     return Err(error);
                 }
                 tracing::debug!(%error, "endpoint failed");
-                let mut rsp = self.kind.rt.rescue.response(&error, &asked).map(|()| Tracked::new(Body::empty()));
+                let rsp = self.kind.rt.rescue.response(&error, &asked);
+                let mut rsp = tap::response(tapped, rsp).map(Tracked::new);
                 rsp.extensions_mut().insert(Unanswered(error));
                 rsp
             }
         };
-        // Taken a moment ago; only a dropped future leaves it to the guard.
-        let Some(load) = load else { return Err(Cause::Canceled.into()) };
+        if let Some(span) = span {
+            span.answered(rsp.status());
+        }
         let class = rule.start(rsp.status(), rsp.headers());
         let unanswered = rsp.extensions().get::<Unanswered>().is_some();
         let penalty = match &self.kind.penalty {
@@ -210,6 +217,13 @@ impl HttpEndpoint {
         Ok(rsp)
     }
 
+    fn about(&self, req: &Request<Body>) -> About {
+        let source = req.extensions().get::<Source>().map(|Source(client)| *client);
+        let tls = self.connector.server_id();
+        About::outbound(source, self.endpoint.addr, tls, self.endpoint.meta.labels.iter())
+            .on_route(req.extensions().get::<tap::Route>().map(|tap::Route(labels)| &**labels))
+    }
+
     fn require_id(&self, req: &mut Request<Body>) -> Result<(), Error> {
         let Some(required) = req.headers_mut().remove(L5D_REQUIRE_ID) else { return Ok(()) };
         let found = self.connector.server_id().ok();
@@ -235,17 +249,25 @@ impl HttpEndpoint {
     }
 }
 
-/// A request without an answer yet. If it is given up (a timeout, a client that went away), the time that it took so far
-/// counts as latency: a replica that never answers must not look like one that was never asked.
-struct Waiting {
-    load: Option<LoadHandle>,
+/// A request without an answer yet. If it is given up, the time that it took so far counts as latency: a replica that never
+/// answers must not look like one that was never asked. A limit in time that ended it is a failure of the replica; a client
+/// that went away says nothing about it.
+struct Waiting<'a> {
+    held: Option<(LoadHandle, Option<Permit>)>,
+    endpoint: &'a HttpEndpoint,
     dispatched: Instant,
+    expired: &'a Expired,
 }
 
-impl Drop for Waiting {
+impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        if let Some(load) = self.load.take() {
-            load.penalize(self.dispatched.elapsed());
+        let Some((load, permit)) = self.held.take() else { return };
+        load.penalize(self.dispatched.elapsed());
+        if let Some(cause) = self.expired.take() {
+            self.endpoint.metrics.response(None, Class::error(&cause));
+            if let Some(permit) = permit {
+                permit.resolve(breaker::Outcome::Failure);
+            }
         }
     }
 }
@@ -275,29 +297,10 @@ fn send_error(error: SendError<Error>) -> Error {
 fn client_config(rt: &Runtime, params: Option<&Http2Params>) -> ClientConfig {
     let config = &rt.config;
     let fallback = &config.http2_client;
-    let own = params.unwrap_or(fallback);
-    let mut h2 = Http2Config::default();
-    match own.windows.or(fallback.windows) {
-        Some(Http2Windows::Adaptive) => h2.adaptive_window = true,
-        Some(Http2Windows::Fixed { stream, connection }) => {
-            h2.stream_window = stream;
-            h2.connection_window = connection;
-        }
-        None => {}
-    }
-    h2.keep_alive = own.keep_alive.or(fallback.keep_alive).map(|k| KeepAlive {
-        interval: k.interval,
-        timeout: k.timeout,
-        while_idle: k.while_idle,
-    });
-    h2.max_frame_size = own.max_frame_size.or(fallback.max_frame_size);
-    let size = |n: Option<u32>| n.and_then(|n| usize::try_from(n).ok());
-    h2.max_send_buf_size = size(own.max_send_buf_size.or(fallback.max_send_buf_size));
-    h2.max_concurrent_reset_streams = size(own.max_concurrent_reset_streams.or(fallback.max_concurrent_reset_streams));
     ClientConfig {
         h1: Http1Config { idle_timeout: config.http1.idle_timeout, max_idle: config.http1.max_idle },
-        h2,
-        backoff: backoff_of(&config.connect.backoff),
+        h2: settings::http2_client(params.unwrap_or(fallback), fallback),
+        backoff: settings::backoff(&config.connect.backoff),
         max_header_size: config.http_server.max_header_size,
     }
 }
@@ -306,7 +309,7 @@ fn breaker_config(breaker: &client::Breaker) -> Option<breaker::Config> {
     match breaker {
         client::Breaker::None => None,
         client::Breaker::Consecutive { max_failures, backoff } => {
-            Some(breaker::Config::Consecutive { max_failures: *max_failures, backoff: backoff_of(backoff) })
+            Some(breaker::Config::Consecutive { max_failures: *max_failures, backoff: settings::backoff(backoff) })
         }
         client::Breaker::Unified {
             max_consecutive_failures,
@@ -320,13 +323,8 @@ fn breaker_config(breaker: &client::Breaker) -> Option<breaker::Config> {
             success_rate: *success_rate,
             window: *window,
             min_requests: *min_requests,
-            backoff: backoff_of(backoff),
+            backoff: settings::backoff(backoff),
             respect_retry_after: *respect_retry_after,
         }),
     }
-}
-
-/// The same in the words of the stack.
-pub(super) fn backoff_of(backoff: &client::Backoff) -> Backoff {
-    Backoff { min: backoff.min, max: backoff.max, jitter: backoff.jitter }
 }

@@ -14,7 +14,8 @@ use crate::{
         rescue::{Close, Rescue},
     },
     policy::Target,
-    telemetry::{Direction, Telemetry, termination::Phase},
+    tap,
+    telemetry::{Direction, Telemetry, termination::Phase, trace::SpanKind},
 };
 use http::{HeaderName, Method, Request, Response, StatusCode, header::HOST, uri::Authority};
 use linkerd_stack::{
@@ -37,6 +38,7 @@ pub(super) struct Edge(Arc<Inner>);
 
 struct Inner {
     rt: Arc<Runtime>,
+    client: SocketAddr,
     routing: Routing,
 }
 
@@ -76,23 +78,31 @@ impl Named {
 }
 
 impl Edge {
-    pub(super) fn new(rt: Arc<Runtime>, routing: Routing) -> Self {
-        Self(Arc::new(Inner { rt, routing }))
+    pub(super) fn new(rt: Arc<Runtime>, client: SocketAddr, routing: Routing) -> Self {
+        Self(Arc::new(Inner { rt, client, routing }))
     }
 
-    async fn answer(self, req: Request<Body>) -> Result<Response<Body>, Reset> {
-        let Inner { rt, routing } = &*self.0;
+    async fn answer(self, mut req: Request<Body>) -> Result<Response<Body>, Reset> {
+        let Inner { rt, client, routing } = &*self.0;
         let asked = Asked::of(&req);
+        if rt.telemetry.taps().any() {
+            req.extensions_mut().insert(tap::Source(*client));
+        }
+        let span = rt.telemetry.tracer().begin(Direction::Outbound, SpanKind::Server, &mut req);
         let mut cancellation = Cancellation { telemetry: &rt.telemetry, armed: true };
         // Until response headers; written out, because a future handed on is stored twice.
         let slot = rt.in_flight.acquire().await;
         let answered = routing.call(req, &asked).await;
         drop(slot);
         cancellation.armed = false;
-        match answered {
+        let answer = match answered {
             Ok(rsp) => Ok(finish(rt, rsp, &asked)),
             Err(error) => fail(rt, &error, &asked),
+        };
+        if let (Some(span), Ok(rsp)) = (span, &answer) {
+            span.answered(rsp.status());
         }
+        answer
     }
 }
 

@@ -32,6 +32,11 @@ struct Sending {
     ended: Option<Instant>,
 }
 
+/// Which limit ended an attempt. Set before the attempt's future is dropped, so that what it drops can tell a limit from a
+/// client that went away.
+#[derive(Debug, Default)]
+pub(super) struct Expired(Mutex<Option<Cause>>);
+
 /// The limits of one attempt.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Limits {
@@ -86,6 +91,16 @@ impl Progress {
 
     fn get(&self) -> Sending {
         *self.state.lock()
+    }
+}
+
+impl Expired {
+    pub(super) fn set(&self, cause: Option<Cause>) {
+        *self.0.lock() = cause;
+    }
+
+    pub(super) fn take(&self) -> Option<Cause> {
+        self.0.lock().take()
     }
 }
 

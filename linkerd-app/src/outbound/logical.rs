@@ -19,6 +19,7 @@ use crate::{
         route::{Filter, Precedence},
         server::RateLimit,
     },
+    tap,
     telemetry::{self, BackendLabels, BalancerKind, Direction, ProfileRouteLabels, RouteKind, RouteLabels},
 };
 use http::{HeaderValue, Request, Response, StatusCode, uri::Authority};
@@ -370,6 +371,7 @@ impl Building<'_> {
                     // Without a budget a retry has no bound.
                     retryable: route.retryable && budget.is_some(),
                     canonical: canonical.clone(),
+                    labels: tap::Route(Arc::new(route.labels.clone())),
                 }),
                 rt,
             }

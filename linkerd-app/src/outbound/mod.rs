@@ -23,13 +23,13 @@ use self::{
     discover::{Discover, Found},
     http::{Edge, Named, Routing},
     opaque::Client,
-    protocol::Spoken,
+    protocol::{Early, Ingress, Spoken},
 };
 use crate::{
     config,
     error::{Cause, Error},
     gateway,
-    http::{Asked, Rescue},
+    http::{Asked, Rescue, settings},
     policy::{
         Source, Target,
         authz::{ClientTls, NoTls},
@@ -119,7 +119,7 @@ impl Outbound {
             identity,
             source,
             telemetry,
-            server: server_config(&config.http_server),
+            server: settings::server(&config.http_server),
             rescue: http::rescue(config),
             in_flight: ConcurrencyLimit::new(config.max_in_flight),
             log_limit: Limiter::new(LOGGED_PER_SECOND),
@@ -154,7 +154,7 @@ impl Outbound {
                 return;
             }
         };
-        if let Err(error) = self.run(accepted.io, target, drain).await {
+        if let Err(error) = self.run(accepted.io, client, target, drain).await {
             let at = target.unwrap_or(local);
             if *error.cause() == Cause::Canceled {
                 tracing::debug!(%client, target = %at, "client closed without a word");
@@ -173,36 +173,37 @@ impl Outbound {
 
     /// A connection meets, first to last: metrics, discover, protocol, and then http, tls or opaque, which go on through
     /// logical (routes), concrete (backend) and endpoint to connect.
-    async fn run(&self, mut io: TcpStream, target: Option<SocketAddr>, drain: drain::Watch) -> Result<(), Error> {
+    async fn run(
+        &self,
+        mut io: TcpStream,
+        client: SocketAddr,
+        target: Option<SocketAddr>,
+        drain: drain::Watch,
+    ) -> Result<(), Error> {
         let counted = Metered::new((), self.accepted(target));
-        let Some(target) = target else { return Box::pin(self.explicit(io, counted, drain)).await };
+        let Some(target) = target else { return Box::pin(self.explicit(io, client, counted, drain)).await };
         if self.rt.config.ingress_mode {
-            return Box::pin(self.ingress(io, counted, target, drain)).await;
+            return Box::pin(self.ingress(io, client, counted, target, drain)).await;
         }
         let found = match self.discover.find(Target::Addr(target)).await {
             Ok(found) => found,
-            Err(error) => return Box::pin(self.unknown(io, counted, error, drain)).await,
+            Err(error) => return Box::pin(self.unknown(io, client, counted, error, drain)).await,
         };
         // In boxes, so that a connection has memory for the stage that it is in, and none for those behind it.
         let spoken = Box::pin(protocol::decide(&self.rt, &found, &mut io)).await;
-        let serving: BoxFuture<'_, _> =
-            match spoken.map_err(|error| error.during(Phase::Detect))? {
-                Spoken::Http(version, read) => {
-                    let routing = Routing::Fixed(Arc::new(found));
-                    Box::pin(self.http(version, counted.around(PrefixedIo::new(read, io)), routing, drain))
-                }
-                Spoken::Tls(sni, read) => Box::pin(async move {
-                    let route = found.tcp().get().route(Some(&sni))?;
-                    route.forward(Client::Tcp(io, read, counted), None, Some(&sni)).await
-                }),
-                Spoken::Opaque(read, Some((route, opened, speech))) => Box::pin(async move {
-                    route.forward(Client::Tcp(io, read, counted), Some((opened, speech)), None).await
-                }),
-                Spoken::Opaque(read, None) => Box::pin(async move {
-                    let route = found.tcp().get().route(None)?;
-                    route.forward(Client::Tcp(io, read, counted), None, None).await
-                }),
-            };
+        let serving: BoxFuture<'_, _> = match spoken.map_err(|error| error.during(Phase::Detect))? {
+            Spoken::Http(version, read) => {
+                let routing = Routing::Fixed(Arc::new(found));
+                Box::pin(self.http(version, counted.around(PrefixedIo::new(read, io)), client, routing, drain))
+            }
+            Spoken::Tls(sni, read) => Box::pin(async move {
+                let route = found.tcp().get().route(Some(&sni))?;
+                route.forward(Client::Tcp(io, read, counted), None, Some(&sni)).await
+            }),
+            Spoken::Opaque(read, early) => {
+                Box::pin(async move { opaque(&found, Client::Tcp(io, read, counted), early).await })
+            }
+        };
         serving.await
     }
 
@@ -211,6 +212,7 @@ impl Outbound {
     async fn unknown(
         &self,
         mut io: TcpStream,
+        client: SocketAddr,
         counted: Metered<(), ConnMetrics>,
         error: Error,
         drain: drain::Watch,
@@ -218,7 +220,7 @@ impl Outbound {
         match protocol::http(UNKNOWN_DETECT.min(self.rt.config.detect_timeout), &mut io).await {
             Ok((Some(version), read)) => {
                 let io = counted.around(PrefixedIo::new(read, io));
-                Box::pin(self.http(version, io, Routing::Unknown(error), drain)).await
+                Box::pin(self.http(version, io, client, Routing::Unknown(error), drain)).await
             }
             Ok((None, _)) | Err(_) => Err(error),
         }
@@ -229,10 +231,11 @@ impl Outbound {
         &self,
         version: Version,
         io: Metered<PrefixedIo<TcpStream>, ConnMetrics>,
+        client: SocketAddr,
         routing: Routing,
         drain: drain::Watch,
     ) -> Result<(), Error> {
-        let edge = Edge::new(self.rt.clone(), routing);
+        let edge = Edge::new(self.rt.clone(), client, routing);
         if let Err(error) = serve(&self.rt.server, version, io, edge, drain).await {
             // The requests' own failures have been told and counted; what is left is the client's.
             tracing::debug!(%error, "HTTP connection ended");
@@ -244,6 +247,7 @@ impl Outbound {
     async fn explicit(
         &self,
         mut io: TcpStream,
+        client: SocketAddr,
         counted: Metered<(), ConnMetrics>,
         drain: drain::Watch,
     ) -> Result<(), Error> {
@@ -254,27 +258,25 @@ impl Outbound {
             return Err(Cause::BadRequest(why.into()).into());
         };
         let routing = Routing::Explicit(Named::new(self.discover.clone()));
-        Box::pin(self.http(version, counted.around(PrefixedIo::new(read, io)), routing, drain)).await
+        Box::pin(self.http(version, counted.around(PrefixedIo::new(read, io)), client, routing, drain)).await
     }
 
     /// Ingress mode (behaviour.md D.15): always HTTP if it looks so, else opaque by the original destination.
     async fn ingress(
         &self,
         mut io: TcpStream,
+        client: SocketAddr,
         counted: Metered<(), ConnMetrics>,
         target: SocketAddr,
         drain: drain::Watch,
     ) -> Result<(), Error> {
-        match protocol::http(self.rt.config.detect_timeout, &mut io).await? {
-            (Some(version), read) => {
+        let find = self.discover.find(Target::Addr(target));
+        match protocol::ingress(&self.rt, find, &mut io).await? {
+            Ingress::Http(version, read) => {
                 let routing = Routing::Ingress(Named::new(self.discover.clone()), Target::Addr(target));
-                Box::pin(self.http(version, counted.around(PrefixedIo::new(read, io)), routing, drain)).await
+                Box::pin(self.http(version, counted.around(PrefixedIo::new(read, io)), client, routing, drain)).await
             }
-            (None, read) => {
-                let found = self.discover.find(Target::Addr(target)).await?;
-                let route = found.tcp().get().route(None)?;
-                Box::pin(route.forward(Client::Tcp(io, read, counted), None, None)).await
-            }
+            Ingress::Opaque(found, read, early) => opaque(&found, Client::Tcp(io, read, counted), early).await,
         }
     }
 
@@ -313,8 +315,7 @@ impl Outbound {
     /// When the target is not found or refuses, or either side breaks.
     pub async fn opaque_for(&self, target: Target, io: BoxedIo) -> Result<(), Error> {
         let found = self.discover.find(target).await?;
-        let route = found.tcp().get().route(None)?;
-        route.forward(Client::Other(io), None, None).await
+        opaque(&found, Client::Other(io), None).await
     }
 }
 
@@ -326,6 +327,14 @@ impl gateway::Outbound for Outbound {
     fn opaque(&self, target: Target, io: BoxedIo) -> BoxFuture<'static, Result<(), Error>> {
         let this = self.clone();
         Box::pin(async move { this.opaque_for(target, io).await })
+    }
+}
+
+/// Forwards a connection, over what was opened for it already if anything was.
+async fn opaque(found: &Found, client: Client, early: Option<Early>) -> Result<(), Error> {
+    match early {
+        Some((route, opened, speech)) => route.forward(client, Some((opened, speech)), None).await,
+        None => found.tcp().get().route(None)?.forward(client, None, None).await,
     }
 }
 
@@ -343,20 +352,4 @@ fn original(accepted: &Accepted) -> Result<SocketAddr, Error> {
         return Err(Cause::Loop(target).into());
     }
     Ok(target)
-}
-
-/// The same settings in the words of the stack.
-fn server_config(config: &config::HttpServer) -> ServerConfig {
-    ServerConfig {
-        stream_window: config.stream_window,
-        connection_window: config.connection_window,
-        adaptive_window: config.adaptive_window,
-        keep_alive: config.keep_alive,
-        max_concurrent_streams: config.max_concurrent_streams,
-        max_frame_size: config.max_frame_size,
-        max_header_size: config.max_header_size,
-        max_header_setting: config.max_header_setting,
-        max_pending_accept_reset_streams: config.max_pending_accept_reset_streams,
-        max_send_buf_size: config.max_send_buf_size,
-    }
 }

@@ -7,7 +7,7 @@
 
 use super::{
     Runtime,
-    discover::{Destination, Heard},
+    discover::{Destination, Found, Heard},
     opaque::{Opened, Route},
 };
 use crate::{
@@ -34,8 +34,9 @@ const GRACE: Duration = Duration::from_millis(20);
 /// The same at a destination whose clients spoke HTTP so far.
 const GRACE_HTTP: Duration = Duration::from_secs(1);
 
-/// A detection timeout up to this is waited for: whoever set it so short has chosen when a silent connection becomes
-/// opaque, and an early connection that may turn out to be in vain would save little.
+/// A detection timeout up to this is waited for once, at a destination of which nothing is known: whoever set it so short
+/// has chosen when a silent connection becomes opaque, and an early connection that may turn out to be in vain would save
+/// little. What was heard there counts from then on.
 const SHORT: Duration = Duration::from_secs(2);
 
 /// Bytes of a server's first words that are read before the client gets them.
@@ -44,11 +45,19 @@ const SPEECH: usize = 4_096;
 /// What a connection speaks, with what was read of it.
 pub(super) enum Spoken {
     Http(Version, Bytes),
-    /// With the connection to the server, if one was opened meanwhile, and what it said.
-    Opaque(Bytes, Option<(Arc<Route>, Opened, Bytes)>),
+    Opaque(Bytes, Option<Early>),
     /// A ClientHello for a name.
     Tls(String, Bytes),
 }
+
+/// What a connection in ingress mode speaks, and where it goes if it is not HTTP.
+pub(super) enum Ingress {
+    Http(Version, Bytes),
+    Opaque(Found, Bytes, Option<Early>),
+}
+
+/// The connection to the server, if one was opened while the client was silent, and what the server said.
+pub(super) type Early = (Arc<Route>, Opened, Bytes);
 
 /// Decides by the policy as it is now. Dropping the future closes what it opened.
 ///
@@ -78,7 +87,11 @@ pub(super) async fn decide(rt: &Runtime, dst: &Destination, io: &mut TcpStream) 
         Protocol::Detect { .. } => {
             count("detect");
             let metrics = rt.telemetry.outbound_detect(&policy.parent);
-            detect(rt.config.detect_timeout, dst, io, &metrics).await
+            let (version, read, early) = detect(rt.config.detect_timeout, dst, io, BytesMut::new(), &metrics).await?;
+            match version {
+                Some(version) => Ok(Spoken::Http(version, read)),
+                None => Ok(Spoken::Opaque(read, early)),
+            }
         }
         // HTTP is told with a 500; for that it must be known as HTTP.
         Protocol::Invalid(_) => match http(rt.config.detect_timeout, io).await? {
@@ -94,14 +107,60 @@ pub(super) async fn decide(rt: &Runtime, dst: &Destination, io: &mut TcpStream) 
 /// [`Cause::Canceled`] if the client closes without a word.
 pub(super) async fn http(limit: Duration, io: &mut TcpStream) -> Result<(Option<Version>, Bytes), Error> {
     let mut buf = BytesMut::new();
-    let version = match detect::http(io, limit, &mut buf).await {
-        Ok(Detected::H1) => Some(Version::H1),
-        Ok(Detected::H2) => Some(Version::H2),
-        Ok(Detected::NotHttp) | Err(DetectError::Timeout(_)) => None,
-        Err(DetectError::Closed) => return Err(Cause::Canceled.into()),
-        Err(DetectError::Io(error)) => return Err(io_failure(&error)),
-    };
+    let version = version(detect::http(io, limit, &mut buf).await)?;
     Ok((version, buf.freeze()))
+}
+
+fn version(detected: Result<Detected, DetectError>) -> Result<Option<Version>, Error> {
+    match detected {
+        Ok(Detected::H1) => Ok(Some(Version::H1)),
+        Ok(Detected::H2) => Ok(Some(Version::H2)),
+        Ok(Detected::NotHttp) | Err(DetectError::Timeout(_)) => Ok(None),
+        Err(DetectError::Closed) => Err(Cause::Canceled.into()),
+        Err(DetectError::Io(error)) => Err(io_failure(&error)),
+    }
+}
+
+/// In ingress mode every connection is looked at (behaviour.md D.15). The original destination is looked up when the
+/// client is silent or speaks something else than HTTP, which may name another.
+///
+/// # Errors
+/// [`Cause::Canceled`] if the client closes without a word, and those of `find` if there is no HTTP.
+pub(super) async fn ingress(
+    rt: &Runtime,
+    find: impl Future<Output = Result<Found, Error>>,
+    io: &mut TcpStream,
+) -> Result<Ingress, Error> {
+    let (started, limit) = (Instant::now(), rt.config.detect_timeout);
+    let mut read = BytesMut::new();
+    let mut find = pin!(find);
+    let silent = async {
+        sleep(GRACE).await;
+        find.as_mut().await
+    };
+    let found = tokio::select! {
+        biased;
+        detected = detect::http(io, limit, &mut read) => match version(detected)? {
+            Some(version) => return Ok(Ingress::Http(version, read.freeze())),
+            None => return Ok(Ingress::Opaque(find.await?, read.freeze(), None)),
+        },
+        found = silent => found,
+    };
+    let left = limit.saturating_sub(started.elapsed());
+    match found {
+        Ok(found) => {
+            let metrics = rt.telemetry.outbound_detect(&found.policy().parent);
+            let (version, read, early) = detect(left, &found, io, read, &metrics).await?;
+            Ok(match version {
+                Some(version) => Ingress::Http(version, read),
+                None => Ingress::Opaque(found, read, early),
+            })
+        }
+        Err(error) => match version(detect::http(io, left, &mut read).await)? {
+            Some(version) => Ok(Ingress::Http(version, read.freeze())),
+            None => Err(error),
+        },
+    }
 }
 
 async fn tls(limit: Duration, io: &mut TcpStream) -> Result<Spoken, Error> {
@@ -117,10 +176,10 @@ async fn detect(
     limit: Duration,
     dst: &Destination,
     io: &mut TcpStream,
+    mut read: BytesMut,
     metrics: &DetectMetrics,
-) -> Result<Spoken, Error> {
+) -> Result<(Option<Version>, Bytes, Option<Early>), Error> {
     let started = Instant::now();
-    let mut read = BytesMut::new();
     let mut ahead = Ahead::default();
     let result = {
         let mut detecting = pin!(detect::http(io, limit, &mut read));
@@ -152,11 +211,7 @@ async fn detect(
     };
     dst.hear(heard);
     metrics.detected(counted, started.elapsed());
-    let read = read.freeze();
-    match version {
-        Some(version) => Ok(Spoken::Http(version, read)),
-        None => Ok(Spoken::Opaque(read, ahead.into_open())),
-    }
+    Ok((version, read.freeze(), ahead.into_early()))
 }
 
 /// A connection opened while the client is silent.
@@ -169,10 +224,8 @@ struct Ahead {
 impl Ahead {
     /// Connects after a moment of silence, and waits for the server. True once it has spoken; false if it will not.
     async fn listen(&mut self, dst: &Destination, limit: Duration) -> bool {
-        if limit <= SHORT {
-            return false;
-        }
         let grace = match dst.heard() {
+            Heard::Nothing if limit <= SHORT => return false,
             Heard::Nothing | Heard::Other => GRACE,
             Heard::Http => GRACE_HTTP,
             Heard::ServerFirst => Duration::ZERO,
@@ -196,7 +249,7 @@ impl Ahead {
         }
     }
 
-    fn into_open(self) -> Option<(Arc<Route>, Opened, Bytes)> {
+    fn into_early(self) -> Option<Early> {
         let speech = self.speech.freeze();
         self.open.map(|(route, opened)| (route, opened, speech))
     }

@@ -5,23 +5,24 @@
 use super::{
     Runtime,
     concrete::{Concrete, Distribution, Replica, Replicas, Unready, random},
-    endpoint::{HttpEndpoint, Unanswered, backoff_of},
-    limits::{Limits, Progress},
+    endpoint::{HttpEndpoint, Unanswered},
+    limits::{Expired, Limits, Progress},
     params::Params,
     session::Token,
     tracked::{Outgoing, ProfileHook, Tracked},
 };
 use crate::{
-    error::{Cause, Error},
+    error::{Cause, Error, Lack},
     http::{
         Asked, Match, classify,
         filter::{self, Flow},
-        is_grpc,
+        is_grpc, settings,
     },
     policy::{
         client::Session,
         route::{Filter, Ratio},
     },
+    tap,
     telemetry::{BackendMetrics, Ended, ProfileRouteMetrics, RouteKind, RouteLabels, RouteMetrics},
 };
 use http::{HeaderName, HeaderValue, Request, Response, Version};
@@ -95,6 +96,8 @@ pub(super) struct ProfileRule {
     pub(super) retryable: bool,
     /// `l5d-dst-canonical`.
     pub(super) canonical: Option<HeaderValue>,
+    /// What those who tap are told of the route.
+    pub(super) labels: tap::Route,
 }
 
 /// A backend of a rule.
@@ -139,6 +142,7 @@ struct Exchange<'a> {
     /// The whole request's.
     deadline: Option<(Instant, Duration)>,
     token: Option<Token>,
+    expired: Expired,
 }
 
 impl Rule {
@@ -166,6 +170,9 @@ impl Rule {
             if let Some(canonical) = &profile.canonical {
                 req.headers_mut().insert(L5D_DST_CANONICAL, canonical.clone());
             }
+            if self.rt.telemetry.taps().any() {
+                req.extensions_mut().insert(profile.labels.clone());
+            }
         }
         let judge = match &self.metrics {
             Counted::Profile(ProfileRule { classes: Some(classes), .. }) => Some(classes.clone()),
@@ -180,19 +187,22 @@ impl Rule {
             deadline: params.timeouts.request.map(|t| (dispatched + t, t)),
             token: self.session.as_ref().and_then(|session| Token::of(session, req.headers())),
             params: &params,
+            expired: Expired::default(),
+        };
+        let limit = match (exchange.deadline, self.profile_timeout()) {
+            (Some((at, t)), _) => Some((at, Cause::RequestTimeout(t))),
+            (None, Some(t)) => Some((dispatched + t, Cause::ProfileTimeout(t))),
+            (None, None) => None,
         };
         let result = {
             // Pinned here: each of the arms below would otherwise have room for a copy of its own.
             let mut attempts = pin!(exchange.attempts(req, route.as_ref(), judge.as_ref()));
-            match (exchange.deadline, self.profile_timeout()) {
-                (Some((at, t)), _) => {
-                    timeout_at(at, attempts.as_mut()).await.unwrap_or_else(|_| Err(Cause::RequestTimeout(t).into()))
-                }
-                (None, Some(t)) => {
-                    let ended = timeout_at(dispatched + t, attempts.as_mut()).await;
-                    ended.unwrap_or_else(|_| Err(Cause::ProfileTimeout(t).into()))
-                }
-                (None, None) => attempts.as_mut().await,
+            match limit {
+                Some((at, cause)) => timeout_at(at, attempts.as_mut()).await.unwrap_or_else(|_| {
+                    exchange.expired.set(Some(cause.clone()));
+                    Err(cause.into())
+                }),
+                None => attempts.as_mut().await,
             }
         };
         match result {
@@ -317,8 +327,9 @@ impl Exchange<'_> {
             }
             // Gives connection and load back before the wait.
             drop(result);
+            self.expired.set(None);
             if let Some(backoff) = self.params.retry.as_ref().and_then(|r| r.backoff.as_ref()) {
-                let wait = backoff_of(backoff).delay(retries, rand::rng().random());
+                let wait = settings::backoff(backoff).delay(retries, rand::rng().random());
                 sleep(wait).await;
             }
             retries += 1;
@@ -444,13 +455,10 @@ impl Exchange<'_> {
             headers,
             idle: timeouts.idle,
         };
-        let follow_up = match filter::on_request(&rule.filters, &mut req, self.matched, crate::http::random)? {
+        let follow_up = match self.filter(&rule.filters, &rule.mirrors, &mut req, first)? {
             Flow::Forward(follow_up) => follow_up,
             Flow::Answer(parts) => return Ok(Response::from_parts(*parts, Tracked::new(Body::empty()))),
         };
-        if first {
-            mirror(&rule.mirrors, &mut req, self.asked);
-        }
         let backend = self.pick().ok_or_else(|| Error::new(rule.empty.clone()))?;
         if let Some(metrics) = &backend.metrics {
             metrics.request();
@@ -474,6 +482,8 @@ impl Exchange<'_> {
                 Ok(rsp)
             }
             Err(error) => {
+                self.expired.set(Some(error.cause().clone()));
+                drop(response);
                 if let Some(metrics) = &backend.metrics {
                     let sent = match &self.progress {
                         Some(progress) => progress.ended(),
@@ -487,6 +497,21 @@ impl Exchange<'_> {
                 Err(error.context(backend.context.clone()))
             }
         }
+    }
+
+    /// Runs filters on an attempt. Only the first is copied.
+    fn filter(
+        &self,
+        filters: &[Filter],
+        mirrors: &[Mirroring],
+        req: &mut Request<Body>,
+        first: bool,
+    ) -> Result<Flow, Error> {
+        filter::on_request_copied(filters, req, self.matched, crate::http::random, |req| {
+            if first {
+                mirror(mirrors, req, self.asked);
+            }
+        })
     }
 
     /// A backend; the one that holds the session's replica, if there is a session.
@@ -511,13 +536,10 @@ impl Exchange<'_> {
         mut req: Request<Body>,
         first: bool,
     ) -> Result<Response<Tracked>, Error> {
-        let follow_up = match filter::on_request(&backend.filters, &mut req, self.matched, crate::http::random)? {
+        let follow_up = match self.filter(&backend.filters, &backend.mirrors, &mut req, first)? {
             Flow::Forward(follow_up) => follow_up,
             Flow::Answer(parts) => return Ok(Response::from_parts(*parts, Tracked::new(Body::empty()))),
         };
-        if first {
-            mirror(&backend.mirrors, &mut req, self.asked);
-        }
         let replicas = match &*backend.concrete {
             Concrete::Replicas(replicas) => replicas,
             Concrete::Fail(failure) => {
@@ -531,7 +553,7 @@ impl Exchange<'_> {
         };
         let bound = self.token.and_then(|token| replicas.balance.acquire_key(&token.addr));
         let begins = self.rule.session.as_ref().filter(|_| bound.is_none());
-        let (addr, mut rsp) = send(replicas, bound, req, self.asked).await?;
+        let (addr, mut rsp) = send(replicas, bound, req, self.asked, &self.expired).await?;
         filter::on_response(&backend.filters, rsp.headers_mut(), &follow_up);
         if let Some(session) = begins {
             Token::begin(addr).give(session, rsp.headers_mut());
@@ -554,6 +576,7 @@ async fn send(
     mut bound: Option<Picked<SocketAddr, Arc<HttpEndpoint>>>,
     req: Request<Body>,
     asked: &Asked,
+    expired: &Expired,
 ) -> Result<(SocketAddr, Response<Tracked>), Error> {
     for _ in 0..MAX_PICKS {
         let picked = match bound.take() {
@@ -561,11 +584,11 @@ async fn send(
             None => replicas.acquire().await?,
         };
         if let Some(permit) = picked.service.admit() {
-            let rsp = picked.service.send(req, asked, picked.load, permit).await?;
+            let rsp = picked.service.send(req, asked, picked.load, permit, expired).await?;
             return Ok((picked.key, rsp));
         }
     }
-    Err(Error::new(Cause::LoadShed).context("every endpoint picked was shut by its breaker"))
+    Err(Error::new(Cause::LoadShed(Lack::Admission)).context("every endpoint picked was shut by its breaker"))
 }
 
 fn is_connection_error(error: &Error) -> bool {
@@ -609,13 +632,16 @@ fn mirror(mirrors: &[Mirroring], req: &mut Request<Body>, asked: &Asked) {
         tokio::spawn(async move {
             let _permit = permit;
             let Concrete::Replicas(replicas) = &*concrete else { return };
-            let exchange = async {
-                let Ok((_, rsp)) = send(replicas, None, copy, &asked).await else { return };
-                let mut body = std::pin::pin!(rsp.into_body());
+            let expired = Expired::default();
+            let mut exchange = pin!(async {
+                let Ok((_, rsp)) = send(replicas, None, copy, &asked, &expired).await else { return };
+                let mut body = pin!(rsp.into_body());
                 while let Some(Ok(_)) = std::future::poll_fn(|cx| body.as_mut().poll_frame(cx)).await {}
-            };
+            });
             // Late answers are given up.
-            let _ = tokio::time::timeout(MIRROR_TIMEOUT, exchange).await;
+            if tokio::time::timeout(MIRROR_TIMEOUT, exchange.as_mut()).await.is_err() {
+                expired.set(Some(Cause::RequestTimeout(MIRROR_TIMEOUT)));
+            }
         });
     }
 }

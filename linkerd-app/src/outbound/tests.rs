@@ -47,6 +47,7 @@ struct Script {
     streams: Mutex<HashMap<String, mpsc::Sender<Update>>>,
     lookups: AtomicUsize,
     resolutions: AtomicUsize,
+    stale: Arc<Mutex<Option<Arc<str>>>>,
 }
 
 impl Script {
@@ -87,7 +88,8 @@ impl Source for Script {
             tx.try_send(Update::Reset(endpoints.clone())).unwrap();
         }
         self.streams.lock().insert(discovery.into(), tx);
-        Resolution(rx)
+        let (known, stale) = (self.endpoints.lock().contains_key(discovery), self.stale.clone());
+        Resolution { updates: rx, stale: Arc::new(move || stale.lock().clone().filter(|_| known)) }
     }
 }
 
@@ -574,11 +576,11 @@ async fn mirrors_get_a_copy_and_delay_nobody() {
 async fn connect(w: &World, target: Option<SocketAddr>) -> TcpStream {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-    let (io, _) = listener.accept().await.unwrap();
+    let (io, from) = listener.accept().await.unwrap();
     let outbound = w.outbound.clone();
     tokio::spawn(async move {
         let (_signal, drain) = drain::channel();
-        let _ = outbound.run(io, target, drain).await;
+        let _ = outbound.run(io, from, target, drain).await;
     });
     client
 }
@@ -691,6 +693,42 @@ async fn explicit_listeners_take_names_and_tunnels() {
     assert!(rsp.starts_with("HTTP/1.1 503 ") && rsp.contains("discovery refused nowhere:80"), "{rsp}");
 }
 
+/// A replica that never answers, behind a breaker that trips after two failures; whether it has tripped after two that
+/// met a limit.
+async fn trips(timeouts: Timeouts, retry: Option<Retry>) -> bool {
+    let w = world();
+    let tries = Arc::new(AtomicUsize::new(0));
+    let count = tries.clone();
+    let mute = app(move |_| {
+        count.fetch_add(1, SeqCst);
+        std::future::pending()
+    });
+    w.serve("a", &[mute.await]).await;
+    let backoff = Backoff { min: 60_000 * MS, max: 60_000 * MS, jitter: 0.0 };
+    let breaker = Breaker::Consecutive { max_failures: 2, backoff };
+    w.script.set_policy(name("web"), policy_with(vec![Rule { timeouts, retry, ..to("a") }], breaker));
+    // A client that goes away says nothing about the replica.
+    for _ in 0..9 {
+        assert!(tokio::time::timeout(100 * MS, w.get("/")).await.is_err());
+    }
+    let before = tries.load(SeqCst);
+    for _ in 0..3 {
+        assert!(w.get("/").await.0.is_server_error());
+    }
+    w.counted("response_total", "error=\"", 2);
+    (before, tries.load(SeqCst)) == (9, 11)
+}
+
+#[tokio::test(start_paused = true)]
+async fn limits_in_time_are_failures_of_the_replica_and_cancellations_are_not() {
+    let t = Some(300 * MS);
+    assert!(trips(Timeouts { request: t, ..Timeouts::default() }, None).await);
+    assert!(trips(Timeouts { backend_request: t, ..Timeouts::default() }, None).await);
+    assert!(trips(Timeouts { response: t, ..Timeouts::default() }, None).await);
+    let retry = Retry { timeout: t, ..retry(1) };
+    assert!(trips(Timeouts { request: Some(10_000 * MS), ..Timeouts::default() }, Some(retry)).await);
+}
+
 #[tokio::test(start_paused = true)]
 async fn failures_say_which_kind_of_nothing_was_ready() {
     let w = world();
@@ -703,6 +741,7 @@ async fn failures_say_which_kind_of_nothing_was_ready() {
     let rsp = w.send(get("/")).await;
     let why = "no endpoint of 1 is ready, 1 shut by circuit breakers: service in fail-fast";
     assert!(reason(&rsp).ends_with(why), "{}", reason(&rsp));
+    assert_eq!(rsp.headers()["l5d-proxy-termination"], "queue-ejected");
 
     // HTTP/2 endpoints are connected ahead of requests, so it is the connection that is missing.
     let (_port, gone) = refusing();
@@ -714,6 +753,23 @@ async fn failures_say_which_kind_of_nothing_was_ready() {
     let rsp = w.send(req).await;
     let why = format!("no endpoint of 1 is ready, 1 not connected ({gone}: ");
     assert!(reason(&rsp).contains(&why), "{}", reason(&rsp));
+    assert_eq!(rsp.headers()["l5d-proxy-termination"], "queue-unconnected");
+}
+
+#[tokio::test(start_paused = true)]
+async fn failures_say_that_discovery_is_away() {
+    let w = world();
+    w.serve("a", &[]).await;
+    w.script.set_policy(name("web"), policy(vec![to("a")]));
+    let rsp = w.send(get("/")).await;
+    assert!(reason(&rsp).ends_with("no endpoints: service in fail-fast"), "{}", reason(&rsp));
+    assert_eq!(rsp.headers()["l5d-proxy-termination"], "queue-no-endpoints");
+    *w.script.stale.lock() = Some("connection refused".into());
+    tokio::time::advance(2_000 * MS).await;
+    let rsp = w.send(get("/")).await;
+    let why = "no endpoints, and discovery is stale (connection refused): service unavailable";
+    assert!(reason(&rsp).ends_with(why), "{}", reason(&rsp));
+    assert_eq!(rsp.headers()["l5d-proxy-termination"], "queue-stale-discovery");
 }
 
 #[tokio::test(start_paused = true)]
@@ -818,7 +874,7 @@ async fn requests_in_flight_are_small() {
     let w = world();
     w.script.set_policy(name("web"), policy(vec![to("a")]));
     let found = Arc::new(w.outbound.discover.find(name("web")).await.ok().unwrap());
-    let mut edge = Edge::new(w.outbound.rt.clone(), Routing::Fixed(found));
+    let mut edge = Edge::new(w.outbound.rt.clone(), ([127, 0, 0, 1], 4000).into(), Routing::Fixed(found));
     let size = size_of_val(&*tower::Service::call(&mut edge, get("/")));
     assert!(size <= 12 * 1024, "{size} bytes");
 }

@@ -5,7 +5,7 @@
 
 use super::limits::{BodyLimits, Progress};
 use crate::{
-    error::{Cause, Error},
+    error::{Cause, Error, facts},
     http::{Asked, Rescue, classify},
     telemetry::{
         BackendMetrics, Class, Code, Direction, Ended, EndpointMetrics, ProfileRouteMetrics, RouteMetrics, StreamError,
@@ -245,7 +245,7 @@ impl Tracked {
         }
         let (trailers, error) = match end {
             End::Whole(trailers) => (*trailers, None),
-            End::Failed(cause) => (None, StreamError::of(cause)),
+            End::Failed(cause) => (None, facts(cause).stream),
             End::Dropped => (None, Some(StreamError::Unknown)),
         };
         if let Some(telemetry) = &self.edge {

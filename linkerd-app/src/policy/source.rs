@@ -41,7 +41,22 @@ pub enum Target {
 }
 
 /// Updates about a set of replicas.
-pub struct Resolution(pub mpsc::Receiver<Update>);
+pub struct Resolution {
+    /// What changes.
+    pub updates: mpsc::Receiver<Update>,
+    /// Whether changes would be heard of now.
+    pub stale: Stale,
+}
+
+/// What keeps a source from hearing of changes at the moment, if something does: what it told last may be out of date.
+pub type Stale = Arc<dyn Fn() -> Option<Arc<str>> + Send + Sync>;
+
+impl Resolution {
+    /// Of a source that is never out of date.
+    pub fn current(updates: mpsc::Receiver<Update>) -> Self {
+        Self { updates, stale: Arc::new(|| None) }
+    }
+}
 
 /// One change of a set of replicas.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 
 use super::{
     duration,
-    report::{At, Severity},
+    report::{At, Severity, remedied},
 };
 use crate::policy::client::{Backoff, Breaker, Load, Penalty, Retry, Timeouts};
 use std::{collections::BTreeMap, ops::RangeInclusive, sync::Arc, time::Duration};
@@ -59,7 +59,9 @@ impl Originate {
         let authorities = pairs.get(ORIGINATE_TLS)?;
         let hostname = r.get(TLS_HOSTNAME, |t| match linkerd_tls::web::is_host_name(t) {
             true => Ok(Arc::from(t)),
-            false => Err(format!("{t:?} is neither a DNS name nor an IP address")),
+            false => Err(format!(
+                "{t:?} is neither a DNS name nor an IP address; write the name in the server's certificate"
+            )),
         });
         let port = r.get(TLS_PORT, |t| {
             t.parse::<u16>().ok().filter(|p| *p > 0).ok_or_else(|| format!("{t:?} is no port; write 1 to 65535"))
@@ -85,13 +87,13 @@ impl Ports {
                 ports.ranges.push(port..=port);
             } else if let Some((a, b)) = item.split_once('-').and_then(|(a, b)| Some((number(a)?, number(b)?))) {
                 if a > b {
-                    return Err(format!("port range {item:?} runs backwards; write it as {b}-{a}"));
+                    return Err(format!("port range {item:?} runs backwards; write {b}-{a}"));
                 }
                 ports.ranges.push(a..=b);
             } else if is_port_name(item) {
                 ports.names.push(item.into());
             } else {
-                return Err(format!("{item:?} is no port, port range or port name; ports are 1 to 65535"));
+                return Err(format!("{item:?} is no port, port range or port name; write ports of 1 to 65535"));
             }
         }
         Ok(ports)
@@ -141,8 +143,9 @@ impl Reader<'_, '_> {
         match parse(value) {
             Ok(value) => Some(value),
             Err(why) => {
-                let remedy = if self.severity == Severity::Error { "" } else { "The setting is ignored" };
-                self.at.key(key).say(self.severity, why, remedy);
+                let (why, remedy) = remedied(&why);
+                let ignored = if self.severity == Severity::Error { "" } else { "; until then the setting is ignored" };
+                self.at.key(key).say(self.severity, why, format!("{remedy}{ignored}"));
                 None
             }
         }
@@ -182,7 +185,7 @@ fn retry(r: &mut Reader<'_, '_>) -> Option<Retry> {
     }
     let statuses = r.get(KEYS[0], statuses);
     let grpc_codes = r.get(KEYS[1], grpc_codes);
-    let limit = r.get(KEYS[2], |t| t.parse::<u16>().map_err(|_| format!("{t:?} is no number from 0 to 65535")));
+    let limit = r.get(KEYS[2], |t| t.parse::<u16>().map_err(|_| format!("{t:?} is no number; write 0 to 65535")));
     let timeout = r.limit(KEYS[3]);
     Some(Retry {
         max_retries: limit.filter(|l| *l > 0).unwrap_or(1),
@@ -255,23 +258,24 @@ fn breaker(r: &mut Reader<'_, '_>) -> Breaker {
         _ => Err(format!("{t:?} is no failure accrual; write consecutive or unified")),
     });
     let Some(mode) = mode else { return Breaker::None };
-    let whole = |t: &str| t.parse::<u32>().map_err(|_| format!("{t:?} is no whole number"));
+    let whole =
+        |t: &str| t.parse::<u32>().map_err(|_| format!("{t:?} is no whole number; write one of 0 to 4294967295"));
     let positive = |t: &str| match duration::linkerd(t)? {
-        Duration::ZERO => Err("the penalty must be longer than 0".to_string()),
+        Duration::ZERO => Err("no penalty at all; write at least 1ms".to_string()),
         d => Ok(d),
     };
     let max_failures = r.get(&format!("{BASE}-consecutive-max-failures"), whole).unwrap_or(7);
     let max = r.get(&format!("{BASE}-consecutive-max-penalty"), positive).unwrap_or(Duration::from_secs(60));
     let min = r
         .get(&format!("{BASE}-consecutive-min-penalty"), |t| match positive(t)? {
-            d if d > max => Err(format!("min-penalty {d:?} is longer than max-penalty {max:?}")),
+            d if d > max => Err(format!("min-penalty {d:?} is longer than max-penalty {max:?}; write at most that")),
             d => Ok(d),
         })
         .unwrap_or(Duration::from_secs(1).min(max));
     let jitter = r
         .get(&format!("{BASE}-consecutive-jitter-ratio"), |t| match t.parse::<f64>() {
             Ok(j) if (0.0..=100.0).contains(&j) => Ok(j),
-            _ => Err(format!("{t:?} is no number from 0 to 100")),
+            _ => Err(format!("{t:?} is no ratio; write 0 to 100")),
         })
         .unwrap_or(0.5);
     let backoff = Backoff { min, max, jitter };
@@ -284,18 +288,18 @@ fn breaker(r: &mut Reader<'_, '_>) -> Breaker {
         success_rate: r
             .get(&format!("{ALPHA}-success-rate-threshold"), |t| match t.parse::<f64>() {
                 Ok(s) if (0.0..=1.0).contains(&s) => Ok(s),
-                _ => Err(format!("{t:?} is no number from 0 to 1")),
+                _ => Err(format!("{t:?} is no rate; write 0 to 1")),
             })
             .unwrap_or(0.8),
         window: r
             .get(&format!("{ALPHA}-success-rate-window"), |t| match duration::linkerd(t)? {
-                d if d < Duration::from_millis(10) => Err(format!("window {d:?} is shorter than 10ms")),
+                d if d < Duration::from_millis(10) => Err(format!("window {d:?} is too short; write at least 10ms")),
                 d => Ok(d),
             })
             .unwrap_or(Duration::from_secs(10)),
         min_requests: r
             .get(&format!("{ALPHA}-success-rate-min-requests"), |t| match whole(t)? {
-                n if n > 1_000_000 => Err(format!("{n} is more than 1000000")),
+                n if n > 1_000_000 => Err(format!("{n} is too many; write at most 1000000")),
                 n => Ok(n),
             })
             .unwrap_or(5),
@@ -307,7 +311,7 @@ fn breaker(r: &mut Reader<'_, '_>) -> Breaker {
 fn load(r: &mut Reader<'_, '_>) -> Load {
     let penalize = r.get("balancer.alpha.linkerd.io/penalize-failures", boolean).unwrap_or(false);
     let penalty = r.get("balancer.alpha.linkerd.io/load-biaser-penalty", |t| match duration::linkerd(t)? {
-        d if d.as_millis() > 1 << 32 => Err(format!("penalty {d:?} is longer than 2^32 ms")),
+        d if d.as_millis() > 1 << 32 => Err(format!("penalty {d:?} is too long; write at most 49d")),
         d => Ok(d),
     });
     let max_retry_after = r.get("balancer.alpha.linkerd.io/load-biaser-max-retry-after", duration::linkerd);

@@ -3,16 +3,18 @@
 
 use super::{
     Mesh, Settings, Work,
-    client::is_outside,
+    client::{carries, is_outside},
     files::{Files, Folder},
     index::{Index, View},
     manifest::{
-        AuthorizationTarget, BackendKind, FilterSpec, Key, Kind, Object, ParentKind, ProxyProtocol, RateLimitTarget,
-        Requirement, Route, RouteKind, ServerRef, ServiceKind,
+        AuthorizationPolicy, AuthorizationTarget, BackendKind, FilterSpec, Key, Kind, Object, ParentKind, ParentRef,
+        ProxyProtocol, RateLimit, RateLimitTarget, Requirement, Route, RouteKind, ServerRef, Service, ServiceKind,
     },
+    mirror,
     report::{Finding, Report, Severity},
 };
-use std::{net::IpAddr, path::PathBuf, sync::Arc};
+use linkerd_tls::web::Roots;
+use std::{collections::BTreeSet, net::IpAddr, path::PathBuf, sync::Arc};
 
 /// Checks folders (or single files) as one mesh, with default settings.
 pub fn check(folders: &[PathBuf]) -> Report {
@@ -23,11 +25,10 @@ pub fn check(folders: &[PathBuf]) -> Report {
 /// Checks folders as one mesh.
 pub fn check_with(folders: &[Folder], settings: &Settings) -> Report {
     let work = Arc::new(Work::default());
-    let mesh = Mesh::new(settings.clone(), folders, &"default".into(), work.clone());
+    let mut mesh = Mesh::new(settings.clone(), folders, &"default".into(), work.clone());
     let mut files = Files::new(folders.to_vec(), work);
     files.scan();
-    let mut index = Index::new(settings.service_range);
-    index.apply(files.take_changes());
+    let index = mesh.index(&mut files, &BTreeSet::new());
     report(&files, Some((&index, &mesh)))
 }
 
@@ -38,7 +39,12 @@ pub(super) fn report(files: &Files, index: Option<(&Index, &Mesh)>) -> Report {
         report.objects = index.objects().len();
         report.assigned = assigned(index);
         report.findings.extend(files.duplicates());
-        report.findings.extend(across(index, mesh, files));
+        // What does not fit in an object may have been replaced by something that refers to nothing.
+        let place = |finding: &Finding| (finding.file.clone(), finding.document, finding.object.clone());
+        let errors = report.findings.iter().filter(|finding| finding.severity == Severity::Error);
+        let refused: BTreeSet<_> = errors.map(place).collect();
+        let across = across(index, mesh, files).into_iter();
+        report.findings.extend(across.filter(|finding| !refused.contains(&place(finding))));
     }
     report.findings.sort_by(|a, b| (a.severity, &a.file, a.document).cmp(&(b.severity, &b.file, b.document)));
     report
@@ -53,11 +59,11 @@ pub(super) fn assigned(index: &Index) -> Vec<(String, IpAddr)> {
 
 fn across(index: &Index, mesh: &Mesh, files: &Files) -> Vec<Finding> {
     let mut out = Vec::new();
-    for (key, object) in index.objects().iter().filter(|(k, _)| k.cluster.is_empty()) {
+    for (key, object) in index.objects().iter().filter(|(k, _)| k.cluster.is_empty() && !index.is_derived(k)) {
         let view = View::new(index);
         let mut problems = Vec::new();
         match object.as_ref() {
-            Object::Route(route) => of_route(&view, key, route, &mut problems),
+            Object::Route(route) => of_route(&view, mesh, key, route, &mut problems),
             Object::Slice(slice) => {
                 if let Some(service) = &slice.service
                     && view.service(&key.cluster, &key.namespace, service).is_none()
@@ -74,53 +80,20 @@ fn across(index: &Index, mesh: &Mesh, files: &Files) -> Vec<Finding> {
                     missing(&view, key, Kind::Server, name, "spec.server.name", &mut problems);
                 }
             }
-            Object::RateLimit(limit) => {
-                if let RateLimitTarget::Server(name) = &limit.target {
-                    missing(&view, key, Kind::Server, name, "spec.targetRef", &mut problems);
-                    let protocol = match view.object(&key.cluster, Kind::Server, &key.namespace, name).map(|o| &**o) {
-                        Some(Object::Server(server)) => Some(server.protocol),
-                        _ => None,
-                    };
-                    if let Some(ProxyProtocol::Opaque | ProxyProtocol::Tls) = protocol {
-                        problems.push((
-                            "spec.targetRef".into(),
-                            format!("Server {}/{name} is opaque or TLS: it has no requests to limit", key.namespace),
-                            "Declare the protocol of the Server, or remove the limit",
-                        ));
-                    }
+            Object::RateLimit(limit) => of_rate_limit(&view, key, limit, &mut problems),
+            Object::BackendTls(policy) => {
+                for (name, _) in &policy.targets {
+                    missing(&view, key, Kind::Service, name, "spec.targetRefs", &mut problems);
+                }
+                let field = "spec.validation.caCertificateRefs";
+                unusable(&view, key, policy.authorities.as_deref(), field, &mut problems);
+            }
+            Object::BackendTraffic(policy) => {
+                for name in &policy.targets {
+                    missing(&view, key, Kind::Service, name, "spec.targetRefs", &mut problems);
                 }
             }
-            Object::AuthorizationPolicy(policy) => {
-                match &policy.target {
-                    AuthorizationTarget::Server(name) => {
-                        missing(&view, key, Kind::Server, name, "spec.targetRef", &mut problems);
-                    }
-                    AuthorizationTarget::Route(kind, name) => {
-                        missing(&view, key, *kind, name, "spec.targetRef", &mut problems);
-                    }
-                    AuthorizationTarget::Namespace => {}
-                }
-                for (i, requirement) in policy.requires.iter().enumerate() {
-                    let (kind, namespace, name, there) = match requirement {
-                        Requirement::MeshTls { namespace, name } => {
-                            let there = view.mesh_tls(&key.cluster, namespace, name).is_some();
-                            ("MeshTLSAuthentication", namespace, name, there)
-                        }
-                        Requirement::Network { namespace, name } => {
-                            let there = view.network_auth(&key.cluster, namespace, name).is_some();
-                            ("NetworkAuthentication", namespace, name, there)
-                        }
-                        Requirement::Account { .. } => continue,
-                    };
-                    if !there {
-                        problems.push((
-                            format!("spec.requiredAuthenticationRefs[{i}]"),
-                            format!("there is no {kind} {namespace}/{name}, so the policy grants nothing"),
-                            "Add it, or correct the reference",
-                        ));
-                    }
-                }
-            }
+            Object::AuthorizationPolicy(policy) => of_authorization(&view, key, policy, &mut problems),
             Object::Egress(egress) if egress.networks.as_ref().is_some_and(|n| !is_outside(mesh, n)) => {
                 problems.push((
                     "spec.networks".into(),
@@ -128,43 +101,15 @@ fn across(index: &Index, mesh: &Mesh, files: &Files) -> Vec<Finding> {
                     "Except the cluster's networks",
                 ));
             }
-            Object::Service(service) => {
-                let unassigned =
-                    matches!(service.kind, ServiceKind::Cluster { .. }) && view.cluster_ips(service).is_empty();
-                if unassigned {
-                    problems.push((
-                        "spec.clusterIP".into(),
-                        "no address of the service range is free".into(),
-                        "Give one, or configure a larger range",
-                    ));
-                }
-                for (i, port) in service.ports.iter().enumerate() {
-                    let known = [
-                        "http",
-                        "https",
-                        "tls",
-                        "grpc",
-                        "kubernetes.io/h2c",
-                        "kubernetes.io/ws",
-                        "kubernetes.io/wss",
-                        "linkerd.io/opaque",
-                        "linkerd.io/tcp",
-                        "tcp",
-                    ];
-                    if let Some(p) = port.app_protocol.as_deref().filter(|p| !known.contains(p)) {
-                        problems.push((
-                            format!("spec.ports[{i}].appProtocol"),
-                            format!("{p:?} is not known, so the port carries bytes that nobody looks into"),
-                            "Remove it, and HTTP is detected",
-                        ));
-                    }
-                }
-            }
+            Object::Service(service) => of_service(&view, mesh, service, &mut problems),
             _ => {}
         }
         for (field, why, remedy) in problems {
             out.push(locate(files, key, field, why, remedy));
         }
+    }
+    for (link, why, remedy) in mirror::problems(index, mesh) {
+        out.push(locate(files, &link, "spec".into(), why, remedy));
     }
     for (ip, services) in index.contested() {
         for (namespace, name) in services.iter().skip(1) {
@@ -174,6 +119,14 @@ fn across(index: &Index, mesh: &Mesh, files: &Files) -> Vec<Finding> {
         }
     }
     out
+}
+
+/// Clusters that a Service names and that nobody tells anything about.
+fn strangers<'a>(service: &'a Service, mesh: &Mesh) -> Vec<&'a str> {
+    let key = "multicluster.linkerd.io/remote-discovery";
+    let members = service.head.annotation(key).unwrap_or_default().split(',');
+    let named = members.filter_map(|member| Some(member.trim().split_once('@')?.1)).chain(service.head.label(key));
+    named.filter(|cluster| !mesh.clusters.contains_key(*cluster)).collect()
 }
 
 fn locate(files: &Files, key: &Key, field: String, why: String, remedy: &str) -> Finding {
@@ -200,93 +153,202 @@ fn missing(view: &View<'_>, key: &Key, kind: Kind, name: &Arc<str>, field: &str,
     }
 }
 
-fn of_route(view: &View<'_>, key: &Key, route: &Route, problems: &mut Problems) {
+fn of_authorization(view: &View<'_>, key: &Key, policy: &AuthorizationPolicy, problems: &mut Problems) {
+    match &policy.target {
+        AuthorizationTarget::Server(name) => {
+            missing(view, key, Kind::Server, name, "spec.targetRef", problems);
+        }
+        AuthorizationTarget::Route(kind, name) => {
+            missing(view, key, *kind, name, "spec.targetRef", problems);
+        }
+        AuthorizationTarget::Namespace => {}
+    }
+    for (i, requirement) in policy.requires.iter().enumerate() {
+        let (kind, namespace, name, there) = match requirement {
+            Requirement::MeshTls { namespace, name } => {
+                let there = view.mesh_tls(&key.cluster, namespace, name).is_some();
+                ("MeshTLSAuthentication", namespace, name, there)
+            }
+            Requirement::Network { namespace, name } => {
+                let there = view.network_auth(&key.cluster, namespace, name).is_some();
+                ("NetworkAuthentication", namespace, name, there)
+            }
+            Requirement::Account { .. } => continue,
+        };
+        if !there {
+            problems.push((
+                format!("spec.requiredAuthenticationRefs[{i}]"),
+                format!("there is no {kind} {namespace}/{name}, so the policy grants nothing"),
+                "Add it, or correct the reference",
+            ));
+        }
+    }
+}
+
+fn of_service(view: &View<'_>, mesh: &Mesh, service: &Service, problems: &mut Problems) {
+    let unassigned = matches!(service.kind, ServiceKind::Cluster { .. }) && view.cluster_ips(service).is_empty();
+    if unassigned {
+        problems.push((
+            "spec.clusterIP".into(),
+            "no address of the service range is free".into(),
+            "Give one, or configure a larger range",
+        ));
+    }
+    for cluster in strangers(service, mesh) {
+        problems.push((
+            "metadata.annotations".into(),
+            format!("cluster {cluster} is not known, so it has no members there"),
+            "Give its folder with --cluster NAME=DIR, or correct the annotation",
+        ));
+    }
+    for (i, port) in service.ports.iter().enumerate() {
+        let known = [
+            "http",
+            "https",
+            "tls",
+            "grpc",
+            "kubernetes.io/h2c",
+            "kubernetes.io/ws",
+            "kubernetes.io/wss",
+            "linkerd.io/opaque",
+            "linkerd.io/tcp",
+            "tcp",
+        ];
+        if let Some(p) = port.app_protocol.as_deref().filter(|p| !known.contains(p)) {
+            problems.push((
+                format!("spec.ports[{i}].appProtocol"),
+                format!("{p:?} is not known, so the port carries bytes that nobody looks into"),
+                "Remove it, and HTTP is detected",
+            ));
+        }
+    }
+}
+
+fn of_route(view: &View<'_>, mesh: &Mesh, key: &Key, route: &Route, problems: &mut Problems) {
     for (i, parent) in route.parents.iter().enumerate() {
         let field = format!("spec.parentRefs[{i}]");
         let at = format!("{}/{}", parent.namespace, parent.name);
-        match parent.kind {
-            ParentKind::Service => {
-                let Some(service) = view.service(&key.cluster, &parent.namespace, &parent.name) else {
-                    problems.push((
-                        field,
-                        format!("there is no Service {at}: not attached"),
-                        "Add it, or correct the name",
-                    ));
-                    continue;
-                };
-                if !matches!(service.kind, ServiceKind::Cluster { .. }) {
-                    problems.push((
-                        field,
-                        format!("Service {at} is headless or of type ExternalName: not attached"),
-                        "Routes need a Service with a cluster address",
-                    ));
-                    continue;
-                }
-                let port = service.ports.iter().find(|p| {
-                    parent.port.is_none_or(|n| n == p.port) && parent.section.as_ref().is_none_or(|s| *s == p.name)
-                });
-                if port.is_none() {
-                    problems.push((
-                        field,
-                        format!("Service {at} has no such port: not attached"),
-                        "Name one of its ports",
-                    ));
-                    continue;
-                }
-                let beaten =
-                    view.routes(ParentKind::Service, &parent.namespace, &parent.name).into_iter().find(|(_, r)| {
-                        r.kind < route.kind
-                            && r.head.namespace == route.head.namespace
-                            && r.parents
-                                .iter()
-                                .any(|p| p.kind == parent.kind && p.name == parent.name && p.port == parent.port)
-                    });
-                if let Some((other, _)) = beaten {
-                    problems.push((
-                        field,
-                        format!("{other} stands on the same port and is of a kind that goes before"),
-                        "Only routes of one kind apply to a port",
-                    ));
-                }
-                if route.gateway && !route.hosts.is_empty() && matches!(route.kind, RouteKind::Http | RouteKind::Grpc) {
-                    problems.push((
-                        "spec.hostnames".into(),
-                        "in a mesh the address chooses the Service; hostnames of Gateway API routes are not compared"
-                            .into(),
-                        "Match the header Host instead",
-                    ));
-                }
+        let attached = match parent.kind {
+            ParentKind::Service => of_service_parent(view, mesh, key, route, parent),
+            ParentKind::EgressNetwork if view.egress(&key.cluster, &parent.namespace, &parent.name).is_none() => {
+                Err((format!("there is no EgressNetwork {at}: not attached"), "Add it, or correct the name"))
             }
-            ParentKind::EgressNetwork => {
-                if view.egress(&key.cluster, &parent.namespace, &parent.name).is_none() {
-                    problems.push((
-                        field,
-                        format!("there is no EgressNetwork {at}: not attached"),
-                        "Add it, or correct the name",
-                    ));
-                }
-            }
+            ParentKind::EgressNetwork => Ok(()),
             ParentKind::Server => {
                 let there = view.servers(&parent.namespace).iter().any(|s| s.head.name == parent.name);
-                if !there || parent.namespace != key.namespace {
-                    problems.push((
-                        field,
-                        format!("there is no Server {at} in the route's namespace: not attached"),
-                        "Add it, or correct the name",
-                    ));
+                if there && parent.namespace == key.namespace {
+                    Ok(())
+                } else {
+                    let why = format!("there is no Server {at} in the route's namespace: not attached");
+                    Err((why, "Add it, or correct the name"))
                 }
             }
+        };
+        if let Err((why, remedy)) = attached {
+            problems.push((field, why, remedy));
+        } else if parent.kind == ParentKind::Service
+            && route.gateway
+            && !route.hosts.is_empty()
+            && matches!(route.kind, RouteKind::Http | RouteKind::Grpc)
+        {
+            problems.push((
+                "spec.hostnames".into(),
+                "in a mesh the address chooses the Service; hostnames of Gateway API routes are not compared".into(),
+                "Match the header Host instead",
+            ));
         }
     }
+    if let Some(originate) = &route.originate {
+        let authorities = originate.authorities.as_ref().map(std::slice::from_ref);
+        unusable(view, key, authorities, "metadata.annotations", problems);
+    }
+    of_backends(view, key, route, problems);
+}
+
+/// Why a route does not stand on a Service, and what to do.
+fn of_service_parent(
+    view: &View<'_>,
+    mesh: &Mesh,
+    key: &Key,
+    route: &Route,
+    parent: &ParentRef,
+) -> Result<(), (String, &'static str)> {
+    let at = format!("{}/{}", parent.namespace, parent.name);
+    let Some(service) = view.service(&key.cluster, &parent.namespace, &parent.name) else {
+        return Err((format!("there is no Service {at}: not attached"), "Add it, or correct the name"));
+    };
+    if !matches!(service.kind, ServiceKind::Cluster { .. }) {
+        let why = format!("Service {at} is headless or of type ExternalName: not attached");
+        return Err((why, "Routes need a Service with a cluster address"));
+    }
+    let mut ports = service
+        .ports
+        .iter()
+        .filter(|p| parent.port.is_none_or(|n| n == p.port) && parent.section.as_ref().is_none_or(|s| *s == p.name))
+        .peekable();
+    if ports.peek().is_none() {
+        return Err((format!("Service {at} has no such port: not attached"), "Name one of its ports"));
+    }
+    if !ports.any(|port| carries(view, mesh, service, port, route.kind)) {
+        let why = format!("no such port of Service {at} carries what {} matches: not attached", key.kind.name());
+        return Err((why, "Change the port's appProtocol, or the opaque ports"));
+    }
+    let goes_before = |r: &Route| {
+        let same = |p: &ParentRef| p.kind == parent.kind && p.name == parent.name && p.port == parent.port;
+        r.kind < route.kind && r.head.namespace == route.head.namespace && r.parents.iter().any(same)
+    };
+    let others = view.routes(ParentKind::Service, &parent.namespace, &parent.name);
+    match others.into_iter().find(|(_, r)| goes_before(r)) {
+        Some((other, _)) => Err((
+            format!("{other} stands on the same port and is of a kind that goes before"),
+            "Only routes of one kind apply to a port",
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Notes authorities that are not there: what should speak TLS with them fails.
+fn unusable(view: &View<'_>, key: &Key, authorities: Option<&[Arc<str>]>, field: &str, problems: &mut Problems) {
+    if let Roots::Unusable(why) = view.roots(&key.namespace, authorities) {
+        problems.push((field.into(), why.to_string(), "Add it; until then connections fail, and are never plain text"));
+    }
+}
+
+fn of_rate_limit(view: &View<'_>, key: &Key, limit: &RateLimit, problems: &mut Problems) {
+    let (kind, name) = match &limit.target {
+        RateLimitTarget::Server(name) => (Kind::Server, name),
+        RateLimitTarget::Service(name) => (Kind::Service, name),
+        RateLimitTarget::Egress(name) => (Kind::EgressNetwork, name),
+    };
+    missing(view, key, kind, name, "spec.targetRef", problems);
+    if let Some(Object::Server(server)) = view.object(&key.cluster, kind, &key.namespace, name).map(|o| &**o)
+        && let ProxyProtocol::Opaque | ProxyProtocol::Tls = server.protocol
+    {
+        problems.push((
+            "spec.targetRef".into(),
+            format!("Server {}/{name} is opaque or TLS: it has no requests to limit", key.namespace),
+            "Declare the protocol of the Server, or remove the limit",
+        ));
+    }
+}
+
+/// Backends that can't be, and take their share with an error.
+fn of_backends(view: &View<'_>, key: &Key, route: &Route, problems: &mut Problems) {
+    let share = match route.kind {
+        RouteKind::Http => "Its share of requests is answered with 500",
+        RouteKind::Grpc => "Its share of calls is UNAVAILABLE",
+        RouteKind::Tls | RouteKind::Tcp => "Its share of connections is refused",
+    };
     for (i, rule) in route.rules.iter().enumerate() {
-        let refs = rule.backends.iter().enumerate().map(|(j, b)| (format!("spec.rules[{i}].backendRefs[{j}]"), b));
+        let refs = rule.backends.iter().enumerate();
+        let refs = refs.map(|(j, b)| (format!("spec.rules[{i}].backendRefs[{j}]"), b, share));
         let mirrors = rule.filters.iter().enumerate().filter_map(|(j, f)| match f {
             FilterSpec::Mirror { backend, .. } => {
-                Some((format!("spec.rules[{i}].filters[{j}].requestMirror"), backend))
+                Some((format!("spec.rules[{i}].filters[{j}].requestMirror"), backend, "Nothing is mirrored"))
             }
             FilterSpec::Ready(_) | FilterSpec::Redirect { .. } => None,
         });
-        for (field, backend) in refs.chain(mirrors) {
+        for (field, backend, remedy) in refs.chain(mirrors) {
             if backend.kind != BackendKind::Service {
                 continue;
             }
@@ -304,7 +366,7 @@ fn of_route(view: &View<'_>, key: &Key, route: &Route, problems: &mut Problems) 
                 }
                 Some(_) => continue,
             };
-            problems.push((field, why, "Its share of requests is answered with 500"));
+            problems.push((field, why, remedy));
         }
     }
 }

@@ -106,6 +106,19 @@ enum Declared {
     Tls,
 }
 
+impl Declared {
+    /// Whether routes of a kind have something to match there.
+    fn carries(self, kind: RouteKind) -> bool {
+        match self {
+            Self::Detect => true,
+            Self::Http1 => kind == RouteKind::Http,
+            Self::Http2 => matches!(kind, RouteKind::Http | RouteKind::Grpc),
+            Self::Opaque => kind == RouteKind::Tcp,
+            Self::Tls => matches!(kind, RouteKind::Tls | RouteKind::Tcp),
+        }
+    }
+}
+
 /// An appProtocol in lower case (resources.md 2.1). Beyond what Linkerd knows: WebSocket is HTTP/1, `grpc` is HTTP/2, and
 /// `https`, `wss` and `tls` are TLS, which TLSRoutes may look into.
 fn declared(app_protocol: &str) -> Declared {
@@ -141,11 +154,7 @@ fn of_service(view: &View<'_>, mesh: &Mesh, service: &Service, number: u16) -> C
         original: None,
     };
     let profile = profile_of(view, mesh, service);
-    let declared = match &port.app_protocol {
-        Some(p) => declared(p),
-        None if is_opaque(view, mesh, service, port, profile) => Declared::Opaque,
-        None => Declared::Detect,
-    };
+    let declared = declared_port(view, mesh, service, port, profile);
     let attached = attached(view, mesh, service, port, declared);
     let in_force = profile.filter(|p| !p.routes.is_empty() || !p.overrides.is_empty());
     let protocol = match in_force {
@@ -154,6 +163,25 @@ fn of_service(view: &View<'_>, mesh: &Mesh, service: &Service, number: u16) -> C
     };
     let rate_limit = rate_limit(view, mesh, &head.namespace, |t| *t == RateLimitTarget::Service(head.name.clone()));
     ClientPolicy { parent: meta, protocol, logical, rate_limit }
+}
+
+fn declared_port(
+    view: &View<'_>,
+    mesh: &Mesh,
+    service: &Service,
+    port: &ServicePort,
+    profile: Option<&ProfileManifest>,
+) -> Declared {
+    match &port.app_protocol {
+        Some(p) => declared(p),
+        None if is_opaque(view, mesh, service, port, profile) => Declared::Opaque,
+        None => Declared::Detect,
+    }
+}
+
+/// Whether routes of a kind have a meaning on a Service port.
+pub(super) fn carries(view: &View<'_>, mesh: &Mesh, service: &Service, port: &ServicePort, kind: RouteKind) -> bool {
+    declared_port(view, mesh, service, port, profile_of(view, mesh, service)).carries(kind)
 }
 
 fn is_opaque(
@@ -200,14 +228,7 @@ fn attached<'a>(
                 && p.port.is_none_or(|n| n == port.port)
                 && p.section.as_ref().is_none_or(|s| *s == port.name)
         });
-        let carried = match (declared, route.kind) {
-            (Declared::Detect, _) => true,
-            (Declared::Http1, kind) => kind == RouteKind::Http,
-            (Declared::Http2, kind) => matches!(kind, RouteKind::Http | RouteKind::Grpc),
-            (Declared::Opaque, kind) => kind == RouteKind::Tcp,
-            (Declared::Tls, kind) => matches!(kind, RouteKind::Tls | RouteKind::Tcp),
-        };
-        fits && carried && (key.namespace == head.namespace || key.namespace == *client)
+        fits && declared.carries(route.kind) && (key.namespace == head.namespace || key.namespace == *client)
     });
     let consumer = |key: &Key| key.namespace != head.namespace;
     if routes.iter().any(|(key, route)| consumer(key) && route.gateway) {

@@ -110,6 +110,19 @@ struct Source<'a> {
     service: &'a Arc<Object>,
 }
 
+impl Source<'_> {
+    /// Whether it gives any replica.
+    fn is_ready(&self) -> bool {
+        match &**self.object {
+            Object::Slice(slice) => slice.addresses.iter().any(|a| a.ready),
+            Object::Endpoints(endpoints) => endpoints.subsets.iter().any(|(_, list)| list.iter().any(|a| a.ready)),
+            Object::Pod(pod) => pod.ready && !pod.finished,
+            Object::ExternalWorkload(workload) => workload.ready,
+            _ => false,
+        }
+    }
+}
+
 impl Replicas {
     pub(super) fn new(name: ServiceName, port: u16) -> Self {
         Self {
@@ -191,8 +204,10 @@ impl Replicas {
                 members.push((cluster.into(), service.into()));
             }
         }
-        if let Some(service) = head.annotations.get("multicluster.linkerd.io/local-discovery") {
-            members.push((local.clone(), service.clone()));
+        for service in head.annotation("multicluster.linkerd.io/local-discovery").unwrap_or_default().split(',') {
+            if !service.trim().is_empty() {
+                members.push((local.clone(), service.trim().into()));
+            }
         }
         if members.is_empty() {
             members.push((local, name));
@@ -236,6 +251,14 @@ impl Replicas {
         let Object::Service(service) = object.as_ref() else { return };
         if !service.ports.iter().any(|p| p.port == self.port) {
             return;
+        }
+        if let Some((cluster, name)) = &service.behind {
+            // What a gateway has nothing to pass on to has no replicas.
+            let mut theirs = Vec::new();
+            self.own_sources(view, cluster, namespace, name, &mut theirs);
+            if !theirs.iter().any(Source::is_ready) {
+                return;
+            }
         }
         let source = |(key, o): (&'a Key, &'a Arc<Object>)| Source { key, object: o, service: object };
         let selected = |labels: &super::annotations::Pairs| {

@@ -1,5 +1,6 @@
 //! Folders of manifests to objects, read again only where something changed: a file by its stamp, a document by its
-//! content. A change counts as a whole: while any file has an error, nothing of what changed is handed on.
+//! content. A change of a cluster counts as a whole: while any of its files has an error, nothing of what changed there is
+//! handed on.
 
 use super::{
     Work,
@@ -34,17 +35,17 @@ pub struct Folder {
     pub cluster: Option<Cluster>,
 }
 
-/// Another cluster of a federation.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Another cluster of a federation. What is not told here is looked for in the manifests, and else is as in ours.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Cluster {
     /// Its name, as Services refer to it (`multicluster.linkerd.io/remote-discovery`).
     pub name: Arc<str>,
     /// Trust domain of its workloads' identities.
-    pub trust_domain: Arc<str>,
+    pub trust_domain: Option<Arc<str>>,
     /// Domain of its Services' names.
-    pub cluster_domain: Arc<str>,
+    pub cluster_domain: Option<Arc<str>>,
     /// Namespace of its control plane, a part of its workloads' identities.
-    pub control_plane_namespace: Arc<str>,
+    pub control_plane_namespace: Option<Arc<str>>,
 }
 
 /// A file in the order in which files are read: later ones win.
@@ -58,8 +59,8 @@ pub(super) struct Files {
     folders: Vec<Folder>,
     /// As on disk.
     files: BTreeMap<FileId, File>,
-    /// Trouble with folders themselves.
-    folder_findings: Vec<Finding>,
+    /// Trouble with folders themselves, and which.
+    folder_findings: Vec<(usize, Finding)>,
     /// Files that differ from what was handed on.
     dirty: BTreeSet<FileId>,
     /// What was handed on, by file and by object.
@@ -142,7 +143,7 @@ impl Files {
         if settled && old.is_some_and(|f| f.stamp == Some(stamp)) {
             return false;
         }
-        let cluster = self.folders[id.0].cluster.as_ref().map_or_else(|| "".into(), |c| c.name.clone());
+        let cluster = self.cluster(id.0);
         let mut file = match read_text(&id.1, meta.len()) {
             Ok(text) => parse(&text, old, stamp, &cluster, &self.work, &id.1),
             Err(why) => File { findings: vec![whole(&id.1, why)], ..File::default() },
@@ -159,7 +160,7 @@ impl Files {
 
     /// Everything that was found, errors first.
     pub(super) fn findings(&self) -> Vec<Finding> {
-        let mut out = self.folder_findings.clone();
+        let mut out: Vec<_> = self.folder_findings.iter().map(|(_, finding)| finding.clone()).collect();
         for ((_, path), file) in &self.files {
             out.extend(file.findings.iter().cloned());
             out.extend(file.documents.iter().flat_map(|d| d.findings(path)).take(MAX_FINDINGS));
@@ -168,20 +169,38 @@ impl Files {
         out
     }
 
-    /// Whether anything blocks the swap.
-    pub(super) fn has_errors(&self) -> bool {
-        let error = |f: &Finding| f.severity == Severity::Error;
-        self.folder_findings.iter().any(error) || self.files.values().any(|f| f.bad)
+    /// Clusters of which something blocks the swap; the own one has the empty name.
+    pub(super) fn blocked(&self) -> BTreeSet<Arc<str>> {
+        let folders =
+            self.folder_findings.iter().filter(|(_, f)| f.severity == Severity::Error).map(|(folder, _)| *folder);
+        let files = self.files.iter().filter(|(_, f)| f.bad).map(|((folder, _), _)| *folder);
+        folders.chain(files).map(|folder| self.cluster(folder)).collect()
+    }
+
+    /// Logs what blocks a swap.
+    pub(super) fn tell_errors(&self) {
+        for finding in self.findings().iter().filter(|f| f.severity == Severity::Error) {
+            tracing::error!(%finding, "manifest refused; the last good state of its cluster stays in force");
+        }
+    }
+
+    fn cluster(&self, folder: usize) -> Arc<str> {
+        self.folders[folder].cluster.as_ref().map_or_else(|| "".into(), |c| c.name.clone())
     }
 
     pub(super) fn count(&self) -> usize {
         self.files.len()
     }
 
-    /// Hands on what changed since the last time, each object once.
-    pub(super) fn take_changes(&mut self) -> Vec<Change> {
+    /// Hands on what changed since the last time, each object once, but of the clusters that are `blocked` nothing.
+    pub(super) fn take_changes(&mut self, blocked: &BTreeSet<Arc<str>>) -> Vec<Change> {
         let mut before: HashMap<Key, Option<Arc<Object>>> = HashMap::new();
-        for id in std::mem::take(&mut self.dirty) {
+        let (kept, dirty) = std::mem::take(&mut self.dirty)
+            .into_iter()
+            .partition(|(folder, _)| blocked.contains(&self.cluster(*folder)));
+        self.dirty = kept;
+        let dirty: BTreeSet<FileId> = dirty;
+        for id in dirty {
             for (key, place) in self.handed.remove(&id).unwrap_or_default() {
                 let places = self.places.entry(key.clone()).or_default();
                 before.entry(key).or_insert_with(|| places.values().next_back().cloned());
@@ -289,9 +308,10 @@ fn walk(
     path: &Path,
     depth: usize,
     found: &mut BTreeMap<FileId, fs::Metadata>,
-    findings: &mut Vec<Finding>,
+    findings: &mut Vec<(usize, Finding)>,
 ) {
-    let fail = |e: io::Error| whole(&Arc::new(path.to_path_buf()), format!("can't be read: {e}"));
+    let whole = |why| (index, whole(&Arc::new(path.to_path_buf()), why));
+    let fail = |e: io::Error| whole(format!("can't be read: {e}"));
     let meta = match fs::metadata(path) {
         Ok(meta) => meta,
         // A file that went away between listing and looking is simply gone.
@@ -300,8 +320,7 @@ fn walk(
     };
     if meta.is_dir() {
         if depth > MAX_DEPTH {
-            return findings
-                .push(whole(&Arc::new(path.to_path_buf()), format!("folders are nested more than {MAX_DEPTH} deep")));
+            return findings.push(whole(format!("folders are nested more than {MAX_DEPTH} deep")));
         }
         let entries = match fs::read_dir(path) {
             Ok(entries) => entries,
@@ -319,7 +338,7 @@ fn walk(
     let manifest = path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
     if meta.is_file() && (manifest || depth == 0) {
         if found.len() >= MAX_FILES {
-            return findings.push(whole(&Arc::new(path.to_path_buf()), format!("more than {MAX_FILES} files")));
+            return findings.push(whole(format!("more than {MAX_FILES} files")));
         }
         found.insert((index, Arc::new(path.to_path_buf())), meta);
     }

@@ -40,6 +40,8 @@ pub(super) enum Dep {
 pub(super) struct Index {
     range: ServiceRange,
     objects: BTreeMap<Key, Arc<Object>>,
+    /// Those of `objects` that Links made.
+    derived: BTreeMap<Key, Arc<Object>>,
     slices: HashMap<(Arc<str>, Arc<str>, Arc<str>), BTreeSet<Key>>,
     routes: HashMap<(ParentKind, Arc<str>, Arc<str>), BTreeSet<Key>>,
     /// Pods and ExternalWorkloads of all clusters by address; the own cluster sorts first.
@@ -60,6 +62,7 @@ impl Index {
         let mut touched = HashSet::new();
         let mut services = false;
         for (key, new) in changes {
+            self.derived.remove(&key);
             let old = match &new {
                 Some(object) => self.objects.insert(key.clone(), object.clone()),
                 None => self.objects.remove(&key),
@@ -87,6 +90,34 @@ impl Index {
         if services {
             self.assign(&mut touched);
         }
+        touched
+    }
+
+    /// Puts what Links make in the place of what they made before; manifests go before it. Returns as [`Self::apply`].
+    pub(super) fn derive(&mut self, wanted: BTreeMap<Key, Arc<Object>>) -> HashSet<Dep> {
+        let mut derived = std::mem::take(&mut self.derived);
+        let mut changes: Vec<Change> = Vec::new();
+        derived.retain(|key, _| {
+            let kept = wanted.contains_key(key);
+            if !kept {
+                changes.push((key.clone(), None));
+            }
+            kept
+        });
+        for (key, object) in wanted {
+            let same = match derived.get(&key).map(|old| (&**old, &*object)) {
+                None => self.objects.contains_key(&key),
+                Some((Object::Service(old), Object::Service(new))) => old == new,
+                Some((Object::Endpoints(old), Object::Endpoints(new))) => old == new,
+                Some(_) => false,
+            };
+            if !same {
+                derived.insert(key.clone(), object.clone());
+                changes.push((key, Some(object)));
+            }
+        }
+        let touched = self.apply(changes);
+        self.derived = derived;
         touched
     }
 
@@ -177,6 +208,42 @@ impl Index {
 
     pub(super) fn objects(&self) -> &BTreeMap<Key, Arc<Object>> {
         &self.objects
+    }
+
+    /// Whether a Link made it.
+    pub(super) fn is_derived(&self, key: &Key) -> bool {
+        self.derived.contains_key(key)
+    }
+
+    fn of_kind(&self, cluster: &Arc<str>, kind: Kind) -> impl Iterator<Item = (&Key, &Arc<Object>)> + use<'_> {
+        let start = Key { cluster: cluster.clone(), kind, namespace: "".into(), name: "".into() };
+        let cluster = cluster.clone();
+        self.objects.range(start..).take_while(move |(k, _)| k.cluster == cluster && k.kind == kind)
+    }
+
+    /// Objects of the own cluster.
+    pub(super) fn own(&self, kind: Kind) -> impl Iterator<Item = &Object> {
+        self.of_kind(&"".into(), kind).map(|(_, object)| &**object)
+    }
+
+    /// The Services of a cluster that manifests bring.
+    pub(super) fn given_services(&self, cluster: &Arc<str>) -> impl Iterator<Item = &Service> + use<'_> {
+        self.of_kind(cluster, Kind::Service).filter(|(key, _)| !self.is_derived(key)).filter_map(|(_, o)| match &**o {
+            Object::Service(service) => Some(service),
+            _ => None,
+        })
+    }
+
+    /// Whether the own cluster has a namespace: its object, or anything in it.
+    pub(super) fn has_namespace(&self, namespace: &Arc<str>) -> bool {
+        let lives = |kind| {
+            let start = Key { cluster: "".into(), kind, namespace: namespace.clone(), name: "".into() };
+            let keys = self.objects.range(start..).map(|(key, _)| key);
+            keys.take_while(|k| k.cluster.is_empty() && k.kind == kind && k.namespace == *namespace)
+                .any(|key| !self.is_derived(key))
+        };
+        let object = Key { cluster: "".into(), kind: Kind::Namespace, namespace: "".into(), name: namespace.clone() };
+        self.objects.contains_key(&object) || Kind::all().any(lives)
     }
 }
 

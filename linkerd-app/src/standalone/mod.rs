@@ -15,8 +15,10 @@ mod client;
 mod duration;
 mod endpoints;
 mod files;
+mod gateways;
 mod index;
 mod manifest;
+mod mirror;
 mod profile;
 mod report;
 mod routes;
@@ -37,6 +39,8 @@ use self::{
     endpoints::{Delta, Local, Replicas, ServiceName},
     files::{Change, Files},
     index::{Dep, Index, View},
+    manifest::Key,
+    mirror::Facts,
 };
 use crate::{
     config::DefaultPolicy,
@@ -222,23 +226,35 @@ impl Work {
 /// What policies need to know beside the objects.
 struct Mesh {
     settings: Settings,
+    /// Other clusters, as the command line has them.
+    given: Vec<Cluster>,
     /// By name; the own cluster has the empty one.
-    clusters: HashMap<Arc<str>, Cluster>,
+    clusters: HashMap<Arc<str>, Facts>,
+    /// By Link: the addresses of its gateway that may be used, where that had to be found out.
+    gateways: HashMap<Key, BTreeSet<IpAddr>>,
     local: Local,
     work: Arc<Work>,
 }
 
 impl Mesh {
     fn new(settings: Settings, folders: &[Folder], namespace: &Arc<str>, work: Arc<Work>) -> Self {
-        let own = Cluster {
-            name: "".into(),
-            trust_domain: settings.trust_domain.clone(),
-            cluster_domain: settings.cluster_domain.clone(),
-            control_plane_namespace: settings.control_plane_namespace.clone(),
-        };
-        let others = folders.iter().filter_map(|f| f.cluster.clone());
-        let clusters = [own].into_iter().chain(others).map(|c| (c.name.clone(), c)).collect();
-        Self { settings, clusters, local: (namespace.clone(), None, None), work }
+        Self {
+            settings,
+            given: folders.iter().filter_map(|f| f.cluster.clone()).collect(),
+            clusters: HashMap::new(),
+            gateways: HashMap::new(),
+            local: (namespace.clone(), None, None),
+            work,
+        }
+    }
+
+    /// Takes in everything that files have to hand on, for the first time.
+    fn index(&mut self, files: &mut Files, blocked: &BTreeSet<Arc<str>>) -> Index {
+        let mut index = Index::new(self.settings.service_range);
+        let touched = index.apply(files.take_changes(blocked));
+        self.clusters = mirror::learn(&index, self);
+        mirror::update(&mut index, self, &touched);
+        index
     }
 
     /// The identity of a service account (resources.md 7.2).
@@ -361,14 +377,16 @@ impl Standalone {
     pub fn start(options: Options) -> Result<(Arc<Self>, Workload), Error> {
         let work = Arc::new(Work::default());
         let Options { folders, namespace, name, settings, watch } = options;
-        let mesh = Mesh::new(settings, &folders, &namespace, work.clone());
+        let mut mesh = Mesh::new(settings, &folders, &namespace, work.clone());
         let mut files = Files::new(folders, work.clone());
         files.scan();
-        if files.has_errors() {
+        let blocked = files.blocked();
+        if blocked.contains("") {
             return Err(Error::Manifests(check::report(&files, None)));
         }
-        let mut index = Index::new(mesh.settings.service_range);
-        index.apply(files.take_changes());
+        // Another cluster's mistakes are no reason to stay away.
+        files.tell_errors();
+        let index = mesh.index(&mut files, &blocked);
         let view = View::new(&index);
         let workload = workload::find(&view, &mesh, &namespace, &name).map_err(|why| Error::Workload {
             namespace: namespace.clone(),
@@ -398,6 +416,7 @@ impl Standalone {
         });
         if watch {
             watch::spawn(&shared);
+            gateways::spawn(&shared);
         }
         Ok((Arc::new(Self { shared }), workload))
     }
@@ -416,7 +435,7 @@ impl Standalone {
     pub fn status(&self) -> Status {
         let (findings, current) = {
             let files = self.shared.files.lock();
-            (files.findings(), !files.has_errors())
+            (files.findings(), files.blocked().is_empty())
         };
         let state = self.shared.state.lock();
         Status {
@@ -445,15 +464,16 @@ impl Shared {
         if !files.scan() {
             return *self.progress.borrow();
         }
-        if files.has_errors() {
-            for finding in files.findings().iter().filter(|f| f.severity == Severity::Error) {
-                tracing::error!(%finding, "manifest refused; the last good state stays in force");
-            }
-            self.progress.send_modify(|p| p.refused += 1);
-            return *self.progress.borrow();
-        }
-        let changes = files.take_changes();
+        let blocked = files.blocked();
+        let changes = files.take_changes(&blocked);
         let changed = changes.len();
+        if !blocked.is_empty() {
+            files.tell_errors();
+            self.progress.send_modify(|p| p.refused += 1);
+            if changed == 0 {
+                return *self.progress.borrow();
+            }
+        }
         self.state.lock().apply(changes, &self.work);
         drop(files);
         self.progress.send_modify(|p| p.generation += 1);
@@ -463,12 +483,33 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// Takes in what was found out about the gateway of a Link; none = the Link alone counts.
+    fn gateway(&self, link: &Key, usable: Option<BTreeSet<IpAddr>>) {
+        let mut state = self.state.lock();
+        let gateways = &mut state.mesh.gateways;
+        match usable {
+            Some(usable) => gateways.insert(link.clone(), usable),
+            None => gateways.remove(link),
+        };
+        state.refresh(HashSet::from([Dep::Object(link.clone())]), &self.work);
+    }
+}
+
 impl State {
     /// Takes changes in, and tells everybody who looked at what changed.
     fn apply(&mut self, changes: Vec<Change>, work: &Work) {
         let touched = self.index.apply(changes);
         self.loaded_at = SystemTime::now();
-        let mut dirty = Some(&touched);
+        self.refresh(touched, work);
+    }
+
+    /// Tells everybody who looked at what changed.
+    fn refresh(&mut self, mut touched: HashSet<Dep>, work: &Work) {
+        let mirrored = mirror::update(&mut self.index, &mut self.mesh, &touched);
+        let renamed = mirrored.is_none();
+        touched.extend(mirrored.into_iter().flatten());
+        let mut dirty = Some(&touched).filter(|_| !renamed);
         if intersects(&touched, &self.workload_deps) {
             let view = View::new(&self.index);
             match workload::find(&view, &self.mesh, &self.asked.0, &self.asked.1) {
@@ -544,7 +585,7 @@ impl Source for Standalone {
             let why = format!("{discovery} is no Service and port").into();
             // The channel is empty, so there is room.
             let _ = sender.try_send(Update::Fail(why));
-            return Resolution(receiver);
+            return Resolution::current(receiver);
         };
         let mut replicas = Replicas::new(name, port);
         replicas.update(&state.index, &state.mesh, &self.shared.work, None);
@@ -555,7 +596,7 @@ impl Source for Standalone {
         state.resolutions.insert(id, Running { replicas, pending: Delta::new(), wake: wake.clone() });
         drop(state);
         self.shared.runtime.spawn(send_updates(Arc::downgrade(&self.shared), id, wake, sender));
-        Resolution(receiver)
+        Resolution::current(receiver)
     }
 }
 

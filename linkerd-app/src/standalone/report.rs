@@ -55,6 +55,8 @@ pub(super) struct Issue {
     pub(super) field: String,
     pub(super) why: String,
     pub(super) remedy: String,
+    /// The field could not be read at all: something stands in for it, about which nothing is to be said.
+    unread: bool,
 }
 
 /// Collects issues at a field.
@@ -87,7 +89,21 @@ impl<'a> At<'a> {
     }
 
     pub(super) fn say(&mut self, severity: Severity, why: impl Into<String>, remedy: impl Into<String>) {
-        self.list.push(Issue { severity, field: self.path.clone(), why: why.into(), remedy: remedy.into() });
+        self.push(severity, why.into(), remedy.into(), false);
+    }
+
+    /// The field's value could not be read. It is not spoken of again.
+    pub(super) fn unread(&mut self, why: impl Into<String>, remedy: impl Into<String>) {
+        self.push(Severity::Error, why.into(), remedy.into(), true);
+    }
+
+    fn push(&mut self, severity: Severity, why: String, remedy: String, unread: bool) {
+        let within = |field: &str| {
+            self.path.strip_prefix(field).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+        };
+        if !self.list.iter().any(|issue| issue.unread && within(&issue.field)) {
+            self.list.push(Issue { severity, field: self.path.clone(), why, remedy, unread });
+        }
     }
 
     pub(super) fn error(&mut self, why: impl Into<String>, remedy: impl Into<String>) {
@@ -107,10 +123,19 @@ impl<'a> At<'a> {
         match result {
             Ok(value) => Some(value),
             Err(why) => {
-                self.error(why, "");
+                let (why, remedy) = remedied(&why);
+                self.error(why, remedy);
                 None
             }
         }
+    }
+}
+
+/// What is wrong and what to do, of a text like `"x" is no number; write 0 to 9`.
+pub(super) fn remedied(text: &str) -> (&str, String) {
+    match text.rsplit_once("; write ") {
+        Some((why, rest)) => (why, format!("Write {rest}")),
+        None => (text, String::new()),
     }
 }
 

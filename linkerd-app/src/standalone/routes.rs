@@ -68,8 +68,14 @@ impl<'a> Parent<'_, 'a> {
             refs => {
                 let list = refs.iter().filter(|r| r.weight > 0).map(|r| {
                     let filters = self.filters(&r.filters, key, route);
-                    let backend = self.backend(r, key, route).unwrap_or_else(|why| fail(&why));
-                    (RouteBackend { filters, backend }, r.weight)
+                    let backend = match unsupported(&filters) {
+                        Some(why) => RouteBackend { filters: Vec::new(), backend: fail(&why) },
+                        None => {
+                            let backend = self.backend(r, key, route).unwrap_or_else(|why| fail(&why));
+                            RouteBackend { filters, backend }
+                        }
+                    };
+                    (backend, r.weight)
                 });
                 distribute(list.collect()).unwrap_or_else(|| {
                     single(RouteBackend { filters: Vec::new(), backend: fail("all backends have weight 0") })
@@ -259,6 +265,14 @@ pub(super) fn service_meta(namespace: &str, name: &str, port: u16) -> Meta {
 
 fn route_meta(key: &Key) -> Meta {
     Meta::resource(key.kind.group(), key.kind.name(), &key.namespace, &key.name, None)
+}
+
+/// Why a backend with these filters is none, if it is so (resources.md 3.6).
+fn unsupported(filters: &[Filter]) -> Option<String> {
+    filters.iter().find_map(|filter| match filter {
+        Filter::Unknown { what } => Some(format!("the filter {what} is not supported")),
+        _ => None,
+    })
 }
 
 /// Balancing over the replicas of a Service port.

@@ -149,7 +149,7 @@ fn backends(rule: &crate::policy::client::Rule) -> Vec<(String, u32)> {
 }
 
 async fn replicas(standalone: &Standalone, discovery: &str) -> Vec<Endpoint> {
-    match standalone.resolve(discovery).0.recv().await {
+    match standalone.resolve(discovery).updates.recv().await {
         Some(Update::Reset(endpoints)) => endpoints,
         other => panic!("{other:?}"),
     }
@@ -214,7 +214,7 @@ async fn endpoints_join_slices_pods_and_services() {
     // Nothing is known of the other one but its address and zone.
     assert_eq!((list[1].meta.tls.is_none(), list[1].meta.weight), (true, Some(10_000)));
     assert_eq!(list[1].meta.zone, ZoneLocality::Remote);
-    assert!(matches!(s.resolve("nonsense").0.recv().await, Some(Update::Fail(_))));
+    assert!(matches!(s.resolve("nonsense").updates.recv().await, Some(Update::Fail(_))));
     assert!(replicas(&s, "none.shop.svc.cluster.local:80").await.is_empty());
 }
 
@@ -893,12 +893,7 @@ spec: {ports: [{name: http, port: 80}]}
         ),
     ]);
     let west = Dir::new(&[("web.yaml", &WEB.replace("10.1.0.", "10.7.0."))]);
-    let cluster = Cluster {
-        name: "west".into(),
-        trust_domain: "west.example".into(),
-        cluster_domain: "cluster.local".into(),
-        control_plane_namespace: "linkerd".into(),
-    };
+    let cluster = Cluster { name: "west".into(), trust_domain: Some("west.example".into()), ..Cluster::default() };
     let folders = vec![dir.folder(), Folder { path: west.0.clone(), cluster: Some(cluster) }];
     let (s, _) = Standalone::start(options(folders)).unwrap();
     let list = replicas(&s, "web-federated.shop.svc.cluster.local:80").await;
@@ -941,6 +936,205 @@ subsets: [{addresses: [{ip: 1.2.3.4}], ports: [{port: 4143}]}]
     assert_eq!(list[0].meta.labels["target_cluster"], "east".into());
 }
 
+/// A Link with every default of `linkerd link`, but for the parts that a test chooses.
+fn link(cluster: &str, annotations: &str, more: &str) -> String {
+    let gateway = format!("gw.linkerd-multicluster.serviceaccount.identity.linkerd.{cluster}.example");
+    format!(
+        "apiVersion: multicluster.linkerd.io/v1alpha3\nkind: Link\n\
+         metadata: {{name: {cluster}, namespace: linkerd-multicluster, annotations: {{{annotations}}}}}\n\
+         spec: {{targetClusterName: {cluster}, targetClusterDomain: {cluster}.local, gatewayAddress: 10.9.9.9, gatewayIdentity: {gateway}, \
+         selector: {{matchLabels: {{mirror.linkerd.io/exported: 'true'}}}}, \
+         remoteDiscoverySelector: {{matchLabels: {{mirror.linkerd.io/exported: remote-discovery}}}}, \
+         federatedServiceSelector: {{matchLabels: {{mirror.linkerd.io/federated: member}}}}{more}}}\n"
+    )
+}
+
+/// [`WEB`] of another cluster, with labels and annotations on its Service.
+fn web_of(network: &str, labels: &str) -> String {
+    let head = format!(
+        "metadata: {{name: web, namespace: shop, labels: {{{labels}}}, annotations: {{a: b, timeout.linkerd.io/request: 9s}}}}"
+    );
+    WEB.replace("10.1.0.", network).replacen("metadata: {name: web, namespace: shop}", &head, 1)
+}
+
+fn clusters(dirs: &[(&Dir, Option<&str>)]) -> Arc<Standalone> {
+    let folder = |(dir, name): &(&Dir, Option<&str>)| Folder {
+        cluster: name.map(|name| Cluster { name: name.into(), ..Cluster::default() }),
+        ..dir.folder()
+    };
+    Standalone::start(options(dirs.iter().map(folder).collect())).unwrap().0
+}
+
+#[tokio::test]
+async fn links_mirror_services() {
+    let here = Dir::new(&[("local.yaml", LOCAL), ("link.yaml", &link("east", "", ""))]);
+    let exported = web_of("10.7.0.", "mirror.linkerd.io/exported: 'true'");
+    let east = Dir::new(&[("web.yaml", &exported)]);
+    let s = clusters(&[(&here, None), (&east, Some("east"))]);
+    let mirror = "web-east.shop.svc.cluster.local:80";
+    let list = replicas(&s, mirror).await;
+    assert_eq!(addrs(&list), ["10.9.9.9:4143"]);
+    assert_eq!(list[0].meta.authority_override.as_deref(), Some("web.shop.svc.east.local:80"));
+    let tls = list[0].meta.tls.as_ref().unwrap();
+    assert_eq!(tls.server_id.as_str(), "gw.linkerd-multicluster.serviceaccount.identity.linkerd.east.example");
+    assert_eq!(list[0].meta.labels["target_cluster"], "east".into());
+    // Settings come along.
+    let policy = policy(&s, "web-east.shop:80").await;
+    assert_eq!(routes(&policy).0[0].rules[0].timeouts.request, Some(Duration::from_secs(9)));
+
+    // Without replicas there, there are none here.
+    let mut resolution = s.resolve(mirror);
+    assert!(matches!(resolution.updates.recv().await, Some(Update::Reset(list)) if list.len() == 1));
+    east.write("web.yaml", &exported.replace("{addresses", "{conditions: {ready: false}, addresses"));
+    s.reload();
+    assert!(matches!(resolution.updates.recv().await, Some(Update::Remove(_))));
+    east.write("web.yaml", &exported);
+    s.reload();
+    assert!(matches!(resolution.updates.recv().await, Some(Update::Add(_))));
+
+    // The same with the replicas themselves; names come from the credentials.
+    east.write("web.yaml", &web_of("10.7.0.", "mirror.linkerd.io/exported: remote-discovery"));
+    here.write(
+        "secret.yaml",
+        "{apiVersion: v1, kind: Secret, metadata: {name: c, namespace: linkerd-multicluster, labels: {multicluster.linkerd.io/cluster-name: east}, annotations: {multicluster.linkerd.io/trust-domain: east.example, multicluster.linkerd.io/cluster-domain: east.local}}}",
+    );
+    s.reload();
+    let list = replicas(&s, mirror).await;
+    assert_eq!(addrs(&list), ["10.7.0.1:8080", "10.7.0.2:8080"]);
+    let tls = list[0].meta.tls.as_ref().unwrap();
+    assert_eq!(tls.server_id.as_str(), "web.shop.serviceaccount.identity.linkerd.east.example");
+
+    // Ready-made objects go first, and come back when those are gone; what is not exported is not mirrored.
+    here.write(
+        "own.yaml",
+        "{apiVersion: v1, kind: Service, metadata: {name: web-east, namespace: shop}, spec: {ports: [{port: 80}]}}",
+    );
+    s.reload();
+    assert!(replicas(&s, mirror).await.is_empty());
+    here.remove("own.yaml");
+    s.reload();
+    assert_eq!(replicas(&s, mirror).await.len(), 2);
+    east.write("web.yaml", &web_of("10.7.0.", ""));
+    s.reload();
+    assert!(s.watch_client(Target::Name("web-east.shop".into(), 80)).await.is_err());
+}
+
+#[tokio::test]
+async fn links_join_clusters() {
+    let member = "mirror.linkerd.io/federated: member";
+    let by_gateway = link("west", "multicluster.linkerd.io/federated-path: gateway", "");
+    let here = Dir::new(&[
+        ("local.yaml", LOCAL),
+        ("web.yaml", &web_of("10.1.0.", member)),
+        ("links.yaml", &format!("{}---\n{by_gateway}", link("east", "", ""))),
+    ]);
+    let east = Dir::new(&[("web.yaml", &web_of("10.7.0.", member))]);
+    let west = Dir::new(&[("web.yaml", &web_of("10.8.0.", member))]);
+    let s = clusters(&[(&here, None), (&east, Some("east")), (&west, Some("west"))]);
+    let name = "web-federated.shop.svc.cluster.local:80";
+    let list = replicas(&s, name).await;
+    let all = ["10.1.0.1:8080", "10.1.0.2:8080", "10.7.0.1:8080", "10.7.0.2:8080", "10.9.9.9:4143"];
+    assert_eq!(addrs(&list), all);
+    assert_eq!(list[4].meta.authority_override.as_deref(), Some("web.shop.svc.west.local:80"));
+
+    // A cluster's mistakes are its own: nothing of it is taken in, and the others go on.
+    let mut resolution = s.resolve(name);
+    resolution.updates.recv().await;
+    east.write("web.yaml", "kind: [");
+    west.remove("web.yaml");
+    assert_eq!(s.reload(), Progress { generation: 2, refused: 1 });
+    assert!(matches!(resolution.updates.recv().await, Some(Update::Remove(gone)) if gone.len() == 1));
+    assert_eq!(addrs(&replicas(&s, name).await), all[..4]);
+    assert!(!s.status().current);
+    // A folder that can't be reached is no empty one.
+    fs::rename(&east.0, east.0.with_extension("away")).unwrap();
+    s.reload();
+    assert_eq!(replicas(&s, name).await.len(), 4);
+    fs::rename(east.0.with_extension("away"), &east.0).unwrap();
+    east.write("web.yaml", &web_of("10.7.1.", member));
+    s.reload();
+    assert_eq!(addrs(&replicas(&s, name).await)[2..], ["10.7.1.1:8080", "10.7.1.2:8080"]);
+
+    // A cluster that is broken from the start does not keep this one from starting; one's own mistakes do.
+    west.write("bad.yaml", "kind: [");
+    let s = clusters(&[(&here, None), (&east, Some("east")), (&west, Some("west"))]);
+    assert_eq!(replicas(&s, name).await.len(), 4);
+}
+
+#[tokio::test]
+async fn gateways_are_probed() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let alive = Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let told = alive.clone();
+    let server = tokio::spawn(async move {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        loop {
+            let (mut io, _) = listener.accept().await.unwrap();
+            let mut request = [0; 12];
+            io.read_exact(&mut request).await.unwrap();
+            assert_eq!(&request, b"GET /healthy");
+            let status = if told.load(Ordering::SeqCst) { "200 OK" } else { "503 Service Unavailable" };
+            io.write_all(format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\n\r\n").as_bytes()).await.unwrap();
+        }
+    });
+    let probe =
+        format!(", probeSpec: {{path: /healthy, port: '{port}', period: 10ms, timeout: 5s, failureThreshold: '2'}}");
+    let link = link("east", "", &probe).replace("10.9.9.9", "localhost");
+    let here = Dir::new(&[("local.yaml", LOCAL), ("link.yaml", &link)]);
+    let east = Dir::new(&[("web.yaml", &web_of("10.7.0.", "mirror.linkerd.io/exported: 'true'"))]);
+    let folder = Folder { cluster: Some(Cluster { name: "east".into(), ..Cluster::default() }), ..east.folder() };
+    let options = Options { watch: true, ..options(vec![here.folder(), folder]) };
+    let (s, _) = Standalone::start(options).unwrap();
+    let mut resolution = s.resolve("web-east.shop.svc.cluster.local:80");
+    let mut expect = async |all: bool| {
+        let wait = async {
+            let mut known = BTreeSet::new();
+            loop {
+                match resolution.updates.recv().await {
+                    Some(Update::Reset(list) | Update::Add(list)) => {
+                        known.extend(list.iter().map(|e| e.addr.to_string()))
+                    }
+                    Some(Update::Remove(list)) => known.retain(|a| !list.iter().any(|gone| gone.to_string() == *a)),
+                    other => panic!("{other:?}"),
+                }
+                if known.contains("127.0.0.1:4143") == all {
+                    return;
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), wait).await.unwrap();
+    };
+    expect(true).await;
+    alive.store(false, Ordering::SeqCst);
+    expect(false).await;
+    alive.store(true, Ordering::SeqCst);
+    expect(true).await;
+    server.abort();
+}
+
+#[test]
+fn links_are_checked() {
+    let here = Dir::new(&[
+        ("links.yaml", &format!("{}---\n{}", link("east", "", ""), link("west", "", ""))),
+        (
+            "fed.yaml",
+            "{apiVersion: v1, kind: Service, metadata: {name: a, namespace: here, annotations: {multicluster.linkerd.io/remote-discovery: 'a@east, a@north'}}, spec: {ports: [{port: 80}]}}",
+        ),
+    ]);
+    let east = Dir::new(&[("web.yaml", &web_of("10.7.0.", "mirror.linkerd.io/exported: 'true'"))]);
+    let folder = Folder { cluster: Some(Cluster { name: "east".into(), ..Cluster::default() }), ..east.folder() };
+    let report = check_with(&[here.folder(), folder], &Settings::default()).to_string();
+    for text in [
+        "Link linkerd-multicluster/west: spec: no folder stands for cluster west",
+        "Link linkerd-multicluster/east: spec: Services of namespace shop are not mirrored",
+        "Service here/a: metadata.annotations: cluster north is not known",
+    ] {
+        assert!(report.contains(text), "{text}: {report}");
+    }
+    assert!(report.contains("0 errors, 3 warnings"), "{report}");
+}
+
 /// 200 Services with 2 slices of 10 endpoints each, and a route each, in one file for each Service.
 fn large() -> Dir {
     let dir = Dir::new(&[("local.yaml", LOCAL)]);
@@ -978,7 +1172,7 @@ async fn a_change_costs_what_it_touches() {
     for (i, (_, ip)) in assigned.iter().enumerate() {
         policies.push(s.watch_client(Target::Addr(SocketAddr::new(*ip, 80))).await.unwrap());
         let mut resolution = s.resolve(&format!("s{i}.shop.svc.cluster.local:80"));
-        assert!(matches!(resolution.0.recv().await, Some(Update::Reset(list)) if list.len() == 20));
+        assert!(matches!(resolution.updates.recv().await, Some(Update::Reset(list)) if list.len() == 20));
         resolutions.push(resolution);
     }
     let before = s.status().work;
@@ -991,8 +1185,8 @@ async fn a_change_costs_what_it_touches() {
     assert_eq!(after.objects - before.objects, 1);
     assert_eq!(after.endpoints - before.endpoints, 9);
     assert_eq!(after.policies, before.policies);
-    assert_eq!(resolutions[7].0.recv().await, Some(Update::Remove(vec!["10.27.1.9:80".parse().unwrap()])));
-    assert!(resolutions[8].0.try_recv().is_err());
+    assert_eq!(resolutions[7].updates.recv().await, Some(Update::Remove(vec!["10.27.1.9:80".parse().unwrap()])));
+    assert!(resolutions[8].updates.try_recv().is_err());
     // A route costs its policy.
     let before = after;
     dir.write("s9.yaml", &large_service(9, 10).replace("port: 80}]}]}", "port: 80, weight: 2}]}]}"));
@@ -1015,7 +1209,7 @@ async fn resolutions_merge_what_a_slow_follower_misses() {
     s.reload();
     let mut set = HashSet::new();
     while set.len() != 13 {
-        match resolution.0.recv().await.unwrap() {
+        match resolution.updates.recv().await.unwrap() {
             Update::Reset(list) => set = list.into_iter().map(|e| e.addr).collect(),
             Update::Add(list) => set.extend(list.into_iter().map(|e| e.addr)),
             Update::Remove(list) => list.iter().for_each(|a| {
@@ -1108,6 +1302,30 @@ apiVersion: policy.linkerd.io/v1alpha1
 kind: HTTPLocalRateLimitPolicy
 metadata: {name: l}
 spec: {targetRef: {group: policy.linkerd.io, kind: Server, name: raw}, total: {requestsPerSecond: 1}}
+---
+apiVersion: policy.linkerd.io/v1alpha1
+kind: HTTPLocalRateLimitPolicy
+metadata: {name: l-out}
+spec: {targetRef: {group: policy.linkerd.io, kind: EgressNetwork, name: gone}, total: {requestsPerSecond: 1}}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: BackendTLSPolicy
+metadata: {name: tls}
+spec: {targetRefs: [{kind: Service, name: a}], validation: {hostname: a.b, caCertificateRefs: [{group: '', kind: ConfigMap, name: gone}]}}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: bytes, annotations: {config.linkerd.io/opaque-ports: '80'}}
+spec: {clusterIP: 10.96.0.3, ports: [{port: 80}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: unseen}
+spec:
+  parentRefs: [{group: '', kind: Service, name: bytes}]
+  rules:
+  - filters: [{type: RequestMirror, requestMirror: {backendRef: {name: gone, port: 80}}}, {type: ExternalAuth}]
+    backendRefs: [{group: gateway.networking.x-k8s.io, kind: XBackend, name: x}, {group: multicluster.x-k8s.io, kind: ServiceImport, name: i, port: 80}]
 ",
     )]);
     let report = check(std::slice::from_ref(&dir.0));
@@ -1128,6 +1346,13 @@ spec: {targetRef: {group: policy.linkerd.io, kind: Server, name: raw}, total: {r
             warning(9, "spec.server.name"),
             warning(10, "spec.targetRef"),
             warning(12, "spec.targetRef"),
+            warning(13, "spec.targetRef"),
+            warning(14, "spec.validation.caCertificateRefs"),
+            warning(16, "spec.rules[0].filters[1].type"),
+            warning(16, "spec.rules[0].backendRefs[0]"),
+            warning(16, "spec.rules[0].backendRefs[1]"),
+            warning(16, "spec.parentRefs[0]"),
+            warning(16, "spec.rules[0].filters[0].requestMirror"),
             (Severity::Note, 7, ""),
         ],
         "{report}"

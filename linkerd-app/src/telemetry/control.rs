@@ -60,16 +60,22 @@ pub enum BalancerKind {
         /// Configured `name:port`.
         addr: Arc<str>,
     },
+    /// Whoever takes spans.
+    TraceCollector {
+        /// Configured `name:port`.
+        addr: Arc<str>,
+    },
 }
 
 impl BalancerKind {
-    pub(super) const PREFIXES: [&'static str; 6] = [
+    pub(super) const PREFIXES: [&'static str; 7] = [
         "outbound_http_balancer",
         "outbound_tcp_balancer",
         "outbound_tls_balancer",
         "control_destination_balancer",
         "control_policy_balancer",
         "control_identity_balancer",
+        "opentelemetry_balancer",
     ];
 
     /// Position in [`Self::PREFIXES`], and the labels.
@@ -84,6 +90,7 @@ impl BalancerKind {
             Self::ControlDestination { addr } => (3, labels.push("addr", addr)),
             Self::ControlPolicy { addr } => (4, labels.push("addr", addr)),
             Self::ControlIdentity { addr } => (5, labels.push("addr", addr)),
+            Self::TraceCollector { addr } => (6, labels.push("addr", addr)),
         }
     }
 }

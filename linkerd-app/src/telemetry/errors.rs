@@ -1,6 +1,6 @@
 //! Requests and connections that the proxy itself failed, by a closed set of kinds for each family (metrics.md 4.3, 5.1, 5.3).
 //!
-//! Every kind is derived from the one error enum by a match without a wildcard.
+//! Which cause is of which kind stands in [`crate::error::facts`].
 
 use super::{
     labels::Text,
@@ -8,7 +8,7 @@ use super::{
     metric::Counter,
     store::{Metric, Series},
 };
-use crate::error::Cause;
+use crate::error::{Cause, facts};
 use std::{fmt, marker::PhantomData};
 
 /// Values of a label `error`, all of them.
@@ -118,38 +118,7 @@ impl Kind for InboundError {
     ];
 
     fn of(cause: &Cause) -> Self {
-        match cause {
-            Cause::FailFast => Self::FailFast,
-            Cause::LoadShed => Self::LoadShed,
-            Cause::Io { .. } | Cause::ConnectTimeout(_) | Cause::IncompleteResponse | Cause::Tls(_) => Self::Io,
-            Cause::DetectTimeout(_) => Self::TlsDetectTimeout,
-            Cause::GatewayLoop => Self::GatewayLoop,
-            Cause::GatewayDomain => Self::GatewayDomain,
-            Cause::RequestTimeout(_)
-            | Cause::BackendRequestTimeout(_)
-            | Cause::ResponseTimeout(_)
-            | Cause::ResponseHeadersTimeout(_)
-            | Cause::IdleTimeout(_)
-            | Cause::ProfileTimeout(_)
-            | Cause::RequiredId { .. }
-            | Cause::FailBackend { .. }
-            | Cause::NoRoute
-            | Cause::Redirect { .. }
-            | Cause::InjectedHttp { .. }
-            | Cause::InjectedGrpc { .. }
-            | Cause::Unauthorized
-            | Cause::RateLimited { .. }
-            | Cause::Forbidden(_)
-            | Cause::InvalidPolicy(_)
-            | Cause::Discovery(_)
-            | Cause::Http2Reset(_)
-            | Cause::Http2Connection(_)
-            | Cause::BadRequest(_)
-            | Cause::MissingAuthority
-            | Cause::Canceled
-            | Cause::Loop(_)
-            | Cause::Unexpected(_) => Self::Unexpected,
-        }
+        facts(cause).inbound
     }
 
     fn as_str(self) -> &'static str {
@@ -174,38 +143,7 @@ impl Kind for OutboundError {
         &[Self::Io, Self::IdentityRequired, Self::FailFast, Self::ResponseTimeout, Self::LoadShed, Self::Unexpected];
 
     fn of(cause: &Cause) -> Self {
-        match cause {
-            Cause::Io { .. } | Cause::ConnectTimeout(_) | Cause::IncompleteResponse | Cause::Tls(_) => Self::Io,
-            Cause::RequiredId { .. } => Self::IdentityRequired,
-            Cause::FailFast => Self::FailFast,
-            Cause::RequestTimeout(_)
-            | Cause::BackendRequestTimeout(_)
-            | Cause::ResponseTimeout(_)
-            | Cause::ResponseHeadersTimeout(_)
-            | Cause::IdleTimeout(_)
-            | Cause::ProfileTimeout(_) => Self::ResponseTimeout,
-            Cause::LoadShed => Self::LoadShed,
-            Cause::FailBackend { .. }
-            | Cause::NoRoute
-            | Cause::Redirect { .. }
-            | Cause::InjectedHttp { .. }
-            | Cause::InjectedGrpc { .. }
-            | Cause::Unauthorized
-            | Cause::RateLimited { .. }
-            | Cause::Forbidden(_)
-            | Cause::GatewayDomain
-            | Cause::GatewayLoop
-            | Cause::InvalidPolicy(_)
-            | Cause::Discovery(_)
-            | Cause::Http2Reset(_)
-            | Cause::Http2Connection(_)
-            | Cause::BadRequest(_)
-            | Cause::MissingAuthority
-            | Cause::Canceled
-            | Cause::DetectTimeout(_)
-            | Cause::Loop(_)
-            | Cause::Unexpected(_) => Self::Unexpected,
-        }
+        facts(cause).outbound
     }
 
     fn as_str(self) -> &'static str {
@@ -225,45 +163,6 @@ impl Kind for OutboundError {
 }
 
 impl StreamError {
-    /// The kind of a cause; none for answers that policy asked for, which have a status instead.
-    pub fn of(cause: &Cause) -> Option<Self> {
-        Some(match cause {
-            Cause::FailFast => Self::FailFast,
-            Cause::LoadShed => Self::LoadShed,
-            Cause::Redirect { .. } | Cause::InjectedHttp { .. } | Cause::InjectedGrpc { .. } => return None,
-            // `backendRequest` bounds one attempt as the per-try timeout does.
-            Cause::ResponseHeadersTimeout(_) | Cause::BackendRequestTimeout(_) => Self::ResponseHeadersTimeout,
-            Cause::ResponseTimeout(_) => Self::ResponseStreamTimeout,
-            Cause::RequestTimeout(_) | Cause::ProfileTimeout(_) => Self::RequestTimeout,
-            Cause::IdleTimeout(_) => Self::IdleTimeout,
-            Cause::Http2Reset(h2::Reason::CANCEL) => Self::Cancel,
-            Cause::Http2Reset(h2::Reason::REFUSED_STREAM) => Self::Refused,
-            Cause::Http2Reset(h2::Reason::ENHANCE_YOUR_CALM) => Self::EnhanceYourCalm,
-            Cause::Http2Reset(_) => Self::Reset,
-            Cause::Http2Connection(_) => Self::GoAway,
-            Cause::Io { .. } => Self::Io,
-            Cause::RequiredId { .. }
-            | Cause::FailBackend { .. }
-            | Cause::NoRoute
-            | Cause::Unauthorized
-            | Cause::RateLimited { .. }
-            | Cause::Forbidden(_)
-            | Cause::GatewayDomain
-            | Cause::GatewayLoop
-            | Cause::InvalidPolicy(_)
-            | Cause::Discovery(_)
-            | Cause::ConnectTimeout(_)
-            | Cause::IncompleteResponse
-            | Cause::Tls(_)
-            | Cause::BadRequest(_)
-            | Cause::MissingAuthority
-            | Cause::Canceled
-            | Cause::DetectTimeout(_)
-            | Cause::Loop(_)
-            | Cause::Unexpected(_) => Self::Unknown,
-        })
-    }
-
     /// The label's value.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -286,45 +185,6 @@ impl StreamError {
 
 impl RouteCloseError {
     pub(super) const ALL: [Self; 4] = [Self::Forbidden, Self::InvalidBackend, Self::InvalidPolicy, Self::Unexpected];
-
-    /// The kind of a cause.
-    pub fn of(cause: &Cause) -> Self {
-        match cause {
-            Cause::Forbidden(_) => Self::Forbidden,
-            Cause::FailBackend { .. } => Self::InvalidBackend,
-            Cause::InvalidPolicy(_) => Self::InvalidPolicy,
-            Cause::FailFast
-            | Cause::LoadShed
-            | Cause::RequestTimeout(_)
-            | Cause::BackendRequestTimeout(_)
-            | Cause::ResponseTimeout(_)
-            | Cause::ResponseHeadersTimeout(_)
-            | Cause::IdleTimeout(_)
-            | Cause::ProfileTimeout(_)
-            | Cause::RequiredId { .. }
-            | Cause::NoRoute
-            | Cause::Redirect { .. }
-            | Cause::InjectedHttp { .. }
-            | Cause::InjectedGrpc { .. }
-            | Cause::Unauthorized
-            | Cause::RateLimited { .. }
-            | Cause::GatewayDomain
-            | Cause::GatewayLoop
-            | Cause::Discovery(_)
-            | Cause::Http2Reset(_)
-            | Cause::Http2Connection(_)
-            | Cause::Io { .. }
-            | Cause::ConnectTimeout(_)
-            | Cause::IncompleteResponse
-            | Cause::Tls(_)
-            | Cause::BadRequest(_)
-            | Cause::MissingAuthority
-            | Cause::Canceled
-            | Cause::DetectTimeout(_)
-            | Cause::Loop(_)
-            | Cause::Unexpected(_) => Self::Unexpected,
-        }
-    }
 
     /// The label's value.
     pub fn as_str(self) -> &'static str {
@@ -396,6 +256,7 @@ pub(super) fn encode<K: Kind>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Lack;
     use std::sync::Arc;
 
     #[test]
@@ -407,9 +268,9 @@ mod tests {
     #[test]
     fn only_kinds_that_happened_are_printed() {
         let errors = ErrorMetrics::<InboundError>::default();
-        errors.failed(&Cause::FailFast);
+        errors.failed(&Cause::FailFast(Lack::Readiness));
         errors.failed(&Cause::Io { errno: None, message: "refused".into() });
-        errors.failed(&Cause::FailFast);
+        errors.failed(&Cause::FailFast(Lack::Readiness));
         let series = [Series { text: "t=\"1\"".into(), last_value: 3, metric: Arc::new(errors) }];
         let mut out = String::new();
         encode(&mut out, "inbound_http_errors_total", "H.", Place::First, &series);
@@ -420,12 +281,5 @@ mod tests {
         out.clear();
         encode(&mut out, "outbound_tcp_errors_total", "H.", Place::Last, &series);
         assert!(out.contains("{t=\"1\",error=\"failfast\"} 2"));
-    }
-
-    #[test]
-    fn policy_answers_have_a_status_and_no_error() {
-        let injected = Cause::InjectedHttp { status: http::StatusCode::OK, message: "".into() };
-        assert_eq!(StreamError::of(&injected), None);
-        assert_eq!(StreamError::of(&Cause::Canceled), Some(StreamError::Unknown));
     }
 }

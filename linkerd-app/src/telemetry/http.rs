@@ -7,7 +7,7 @@ use super::{
     metric::{Counter, Histogram, LATENCY_MS, SlotKey, Slots},
     store::{Metric, Series},
 };
-use crate::error::Cause;
+use crate::error::{Cause, facts};
 use std::time::Duration;
 
 /// How a response is judged: the labels `classification`, `grpc_status` and `error`.
@@ -40,47 +40,12 @@ impl Class {
 
     /// An error instead of a response, or while the body was streamed.
     pub fn error(cause: &Cause) -> Self {
-        let error = match cause {
-            Cause::ProfileTimeout(_) => "timeout",
-            Cause::Http2Reset(reason) => h2_reason(*reason),
-            Cause::FailFast
-            | Cause::LoadShed
-            | Cause::RequestTimeout(_)
-            | Cause::BackendRequestTimeout(_)
-            | Cause::ResponseTimeout(_)
-            | Cause::ResponseHeadersTimeout(_)
-            | Cause::IdleTimeout(_)
-            | Cause::RequiredId { .. }
-            | Cause::FailBackend { .. }
-            | Cause::NoRoute
-            | Cause::Redirect { .. }
-            | Cause::InjectedHttp { .. }
-            | Cause::InjectedGrpc { .. }
-            | Cause::Unauthorized
-            | Cause::RateLimited { .. }
-            | Cause::Forbidden(_)
-            | Cause::GatewayDomain
-            | Cause::GatewayLoop
-            | Cause::InvalidPolicy(_)
-            | Cause::Discovery(_)
-            | Cause::Http2Connection(_)
-            | Cause::Io { .. }
-            | Cause::ConnectTimeout(_)
-            | Cause::IncompleteResponse
-            | Cause::Tls(_)
-            | Cause::BadRequest(_)
-            | Cause::MissingAuthority
-            | Cause::Canceled
-            | Cause::DetectTimeout(_)
-            | Cause::Loop(_)
-            | Cause::Unexpected(_) => "unclassified",
-        };
-        Self { success: false, grpc_status: None, error: Some(error) }
+        Self { success: false, grpc_status: None, error: Some(facts(cause).class) }
     }
 }
 
 /// `h2(REASON)` with the names of RFC 9113 section 7.
-fn h2_reason(reason: h2::Reason) -> &'static str {
+pub fn h2_reason(reason: h2::Reason) -> &'static str {
     match reason {
         h2::Reason::NO_ERROR => "h2(NO_ERROR)",
         h2::Reason::PROTOCOL_ERROR => "h2(PROTOCOL_ERROR)",
@@ -283,7 +248,7 @@ mod tests {
         metrics.request();
         metrics.first_byte(200, Duration::from_micros(2500));
         metrics.response(Some(200), Class::grpc(Some(0)));
-        metrics.response(None, Class::error(&Cause::FailFast));
+        metrics.response(None, Class::error(&Cause::FailFast(crate::error::Lack::Readiness)));
         let mut out = String::new();
         encode(&mut out, "", &[Series { text: "d=\"x\"".into(), last_value: 3, metric: Arc::new(metrics) }]);
         let lines: Vec<_> = out.lines().filter(|l| !l.starts_with('#')).collect();

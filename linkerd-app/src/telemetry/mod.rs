@@ -20,9 +20,11 @@ mod metric;
 mod process;
 mod prom;
 mod route;
+mod runtime;
 mod store;
 mod tcp;
 pub mod termination;
+pub mod trace;
 pub mod watchdog;
 
 pub use self::{
@@ -33,7 +35,7 @@ pub use self::{
     },
     errors::{ErrorMetrics, InboundError, Kind, OutboundError, RouteCloseError, StreamError},
     health::{Condition, Health},
-    http::{Class, EndpointMetrics, HttpMetrics, ProfileRouteMetrics},
+    http::{Class, EndpointMetrics, HttpMetrics, ProfileRouteMetrics, h2_reason},
     labels::{
         BackendLabels, ConnLabels, Direction, EndpointLabels, InboundRouteLabels, Peer, ProfileRouteLabels,
         RouteLabels, ServerLabels, TlsLabels, authority,
@@ -61,6 +63,7 @@ use self::{
 use crate::{
     config,
     policy::{Meta, authz::NoTls},
+    tap::Taps,
 };
 use linkerd_tls::Id;
 use parking_lot::Mutex;
@@ -74,7 +77,7 @@ use std::{
     },
     time::Duration,
 };
-use tokio::time::Instant;
+use tokio::{runtime::RuntimeMetrics, time::Instant};
 
 /// Every family of the proxy. Clones are the same.
 #[derive(Clone)]
@@ -94,6 +97,7 @@ struct Inner {
     /// Bytes of connection label sets that are gone.
     gone_zones: Arc<Mutex<Zones>>,
     spans: SpanMetrics,
+    tracer: trace::Tracer,
     inbound_routes: Kinds<InboundRouteMetrics>,
     outbound_routes: Kinds<RouteMetrics>,
     outbound_backends: Kinds<BackendMetrics>,
@@ -114,8 +118,10 @@ struct Inner {
     /// Inbound, outbound.
     replays: [Arc<Counter>; 2],
     tls_info: Arc<OnceLock<TlsInfo>>,
+    runtime: Arc<OnceLock<RuntimeMetrics>>,
     health: Arc<Health>,
     access_log_drops: Arc<Counter>,
+    taps: Taps,
     /// Of the newer dialect.
     registry: Registry,
     /// Bytes of the last scrape, so that the next one grows its buffer once.
@@ -161,6 +167,8 @@ pub struct SpanMetrics {
     pub requests: Counter,
     /// Spans exported.
     pub spans: Counter,
+    /// Spans that were not: the queue was full, or the collector did not take them.
+    pub dropped: Arc<Counter>,
 }
 
 impl Telemetry {
@@ -182,6 +190,9 @@ impl Telemetry {
         collect(&mut registry, build_info);
         let tls = tls_info.clone();
         collect(&mut registry, move |out| tls.get().map_or(Ok(()), |tls| tls.encode(out)));
+        let runtime: Arc<OnceLock<RuntimeMetrics>> = Arc::default();
+        let of = runtime.clone();
+        collect(&mut registry, move |out| of.get().map_or(Ok(()), |metrics| runtime::encode(metrics, out)));
         let of = identity.clone();
         collect(&mut registry, move |out| of.encode(out));
         let of = dns.clone();
@@ -233,6 +244,7 @@ impl Telemetry {
             conns,
             gone_zones,
             spans: SpanMetrics::default(),
+            tracer: trace::Tracer::default(),
             inbound_routes: groups.kinds("inbound_http", "inbound_grpc"),
             outbound_routes: groups.kinds("outbound_http_route", "outbound_grpc_route"),
             outbound_backends: groups.kinds("outbound_http_route_backend", "outbound_grpc_route_backend"),
@@ -256,8 +268,10 @@ impl Telemetry {
             cut: AtomicBool::new(false),
             replays,
             tls_info,
+            runtime,
             health,
             access_log_drops,
+            taps: Taps::default(),
             registry: Registry::default(),
             last_size: AtomicUsize::new(0),
         };
@@ -296,6 +310,11 @@ impl Telemetry {
     /// Authorization, rate limits and errors of accepted inbound connections.
     pub fn inbound_server(&self, labels: ServerLabels) -> InboundServer {
         InboundServer::new(self.clone(), labels)
+    }
+
+    /// Those who watch requests pass.
+    pub fn taps(&self) -> &Taps {
+        &self.0.taps
     }
 
     /// Accepted inbound connections that failed before their policy was known.
@@ -414,6 +433,11 @@ impl Telemetry {
         self.0.manifests.clone()
     }
 
+    /// Makes spans of requests, once it is switched on.
+    pub fn tracer(&self) -> &trace::Tracer {
+        &self.0.tracer
+    }
+
     /// Export of trace spans.
     pub fn spans(&self) -> &SpanMetrics {
         &self.0.spans
@@ -448,6 +472,11 @@ impl Telemetry {
     /// Tells what the TLS library was built with. Later calls change nothing.
     pub fn set_tls_info(&self, info: TlsInfo) {
         let _ = self.0.tls_info.set(info);
+    }
+
+    /// Tells which runtime serves traffic. Later calls change nothing.
+    pub fn set_runtime(&self, runtime: &tokio::runtime::Handle) {
+        let _ = self.0.runtime.set(runtime.metrics());
     }
 
     /// What an operator should look at.
@@ -492,6 +521,7 @@ impl Inner {
             ("opentelemetry_span_export_streams", "Streams opened to export spans.", &self.spans.streams),
             ("opentelemetry_span_export_requests", "Messages sent to export spans.", &self.spans.requests),
             ("opentelemetry_span_exports", "Spans exported.", &self.spans.spans),
+            ("opentelemetry_span_drops", "Spans that were lost instead.", &self.spans.dropped),
         ];
         for (name, help, counter) in spans {
             let none = legacy::Sample { before: &[], base: "", after: &[] };

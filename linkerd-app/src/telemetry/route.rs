@@ -8,7 +8,7 @@ use super::{
     prom::{Encoder, Group, Sample},
     store::{Metric, Series},
 };
-use crate::error::Cause;
+use crate::error::{Cause, facts};
 use prometheus_client::registry::Unit;
 use std::{
     fmt,
@@ -54,7 +54,7 @@ impl Ended {
             Cause::InjectedGrpc { code, .. } => Some(*code),
             _ => None,
         };
-        Self { status, error: StreamError::of(cause) }
+        Self { status, error: facts(cause).stream }
     }
 
     fn labels<'a>(self, kind: RouteKind) -> ((&'a str, Text<'a>), Option<(&'a str, Text<'a>)>) {
@@ -417,7 +417,7 @@ impl ConnRouteMetrics {
 
     /// It ended: well, or with a failure.
     pub fn close(&self, cause: Option<&Cause>) {
-        match cause.map(RouteCloseError::of) {
+        match cause.map(|cause| facts(cause).route) {
             None => self.closed.inc(),
             Some(error) => {
                 if let Some(i) = RouteCloseError::ALL.iter().position(|e| *e == error) {

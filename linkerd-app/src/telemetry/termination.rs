@@ -6,7 +6,7 @@ use super::{
     metric::Counter,
     prom::{Encoder, Sample},
 };
-use crate::error::Cause;
+use crate::error::{Cause, Lack};
 use std::fmt;
 
 /// How far a request or connection had come.
@@ -155,9 +155,19 @@ codes! {
     RouteInjected = "route-injected", Route, Policy;
     /// The route's backend can't be.
     RouteBackend = "route-backend", Route, Policy;
+    /// There is no endpoint.
+    QueueNoEndpoints = "queue-no-endpoints", Queue, Server;
+    /// Circuit breakers hold the endpoints back.
+    QueueEjected = "queue-ejected", Queue, Server;
+    /// No endpoint is connected.
+    QueueUnconnected = "queue-unconnected", Queue, Server;
+    /// Nothing is ready, and discovery is away.
+    QueueStaleDiscovery = "queue-stale-discovery", Queue, ControlPlane;
+    /// The queue is full.
+    QueueFull = "queue-full", Queue, Proxy;
     /// Nothing became ready in time.
     QueueFailfast = "queue-failfast", Queue, Proxy;
-    /// Refused at once, because nothing was ready before or the queue is full.
+    /// Refused at once, because nothing was ready before.
     QueueLoadShed = "queue-load-shed", Queue, Proxy;
     /// Connecting failed.
     ConnectFailed = "connect-failed", Connect, Server;
@@ -203,8 +213,8 @@ impl Code {
     /// The code of a failure in a phase.
     pub fn of(cause: &Cause, phase: Phase) -> Self {
         match cause {
-            Cause::FailFast => Self::QueueFailfast,
-            Cause::LoadShed => Self::QueueLoadShed,
+            Cause::FailFast(lack) => Self::lacking(*lack, Self::QueueFailfast),
+            Cause::LoadShed(lack) => Self::lacking(*lack, Self::QueueLoadShed),
             Cause::RequestTimeout(_) => Self::RequestTimeout,
             Cause::BackendRequestTimeout(_) => Self::ResponseAttemptTimeout,
             Cause::ResponseTimeout(_) => Self::ResponseTimeout,
@@ -277,6 +287,19 @@ impl Code {
             Cause::DetectTimeout(_) => Self::DetectTimeout,
             Cause::Loop(_) => Self::AcceptLoop,
             Cause::Unexpected(_) => Self::Unexpected,
+        }
+    }
+}
+
+impl Code {
+    fn lacking(lack: Lack, otherwise: Self) -> Self {
+        match lack {
+            Lack::Readiness => otherwise,
+            Lack::Endpoints => Self::QueueNoEndpoints,
+            Lack::Admission => Self::QueueEjected,
+            Lack::Connection => Self::QueueUnconnected,
+            Lack::Discovery => Self::QueueStaleDiscovery,
+            Lack::Room => Self::QueueFull,
         }
     }
 }

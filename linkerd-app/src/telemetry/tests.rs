@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{
-    error::{Cause, RateLimitScope},
+    error::{Cause, Lack, RateLimitScope},
     policy::{
         authz::ClientTls,
         endpoint::{EndpointMeta, ZoneLocality},
@@ -63,10 +63,10 @@ fn used() -> Telemetry {
     server.tcp_allow(&authz).inc();
     server.tcp_deny().inc();
     server.tcp_terminate().inc();
-    server.http_errors().failed(&Cause::FailFast);
+    server.http_errors().failed(&Cause::FailFast(Lack::Readiness));
     server.tcp_errors().failed(&Cause::Unexpected("x".into()));
-    t.outbound_http_errors().failed(&Cause::LoadShed);
-    t.outbound_tcp_errors(target()).failed(&Cause::LoadShed);
+    t.outbound_http_errors().failed(&Cause::LoadShed(Lack::Readiness));
+    t.outbound_tcp_errors(target()).failed(&Cause::LoadShed(Lack::Readiness));
 
     let ServerLabels { target, srv, srv_port, tls } = web();
     let endpoint = t.endpoint(EndpointLabels::Inbound {

@@ -6,6 +6,7 @@ pub mod header;
 pub mod listen;
 pub mod metered;
 pub mod orig_dst;
+pub mod own;
 
 pub use self::{
     connect::connect,

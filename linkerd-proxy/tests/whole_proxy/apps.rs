@@ -10,7 +10,13 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use std::{convert::Infallible, net::SocketAddr, time::Duration};
+use std::{
+    convert::Infallible,
+    fmt::Write as _,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     task::AbortHandle,
@@ -19,11 +25,21 @@ use tokio::{
 pub(crate) type Body = BoxBody<Bytes, Infallible>;
 
 /// A server task that ends on drop.
-pub(crate) struct App(AbortHandle);
+pub(crate) struct App {
+    task: AbortHandle,
+    seen: Arc<Mutex<Vec<String>>>,
+}
+
+impl App {
+    /// The requests that came, as `METHOD URI`; nothing of servers that are not HTTP's.
+    pub(crate) fn seen(&self) -> Vec<String> {
+        self.seen.lock().unwrap().clone()
+    }
+}
 
 impl Drop for App {
     fn drop(&mut self) {
-        self.0.abort();
+        self.task.abort();
     }
 }
 
@@ -36,20 +52,28 @@ pub(crate) struct Answer {
     pub(crate) trailers: HeaderMap,
 }
 
-/// HTTP/1 and HTTP/2 by what the client speaks. Answers with `NAME METHOD PATH`, the HTTP version in `x-version`, the
-/// client identity it was told in `x-client-id`; `/sleep/MS` waits first; `/status/N` answers so; gRPC requests get trailers,
-/// with code N for `/fail/N`.
+/// HTTP/1 and HTTP/2 by what the client speaks. Answers with `NAME METHOD PATH`, its name in `x-app`, the HTTP version in
+/// `x-version`, the client identity it was told in `x-client-id`, `x-test` and `traceparent` as `x-seen-..`; `/sleep/MS` waits
+/// first; `/status/N` answers so; below `/headers` it adds the request's query, authority and headers, one a line; gRPC
+/// requests get trailers, with code N for `/fail/N`.
 pub(crate) fn http(pod: &Pod, port: u16, name: &'static str) -> App {
     let listener = pod.listen(port);
+    let seen = Arc::<Mutex<Vec<String>>>::default();
+    let log = seen.clone();
     let task = tokio::spawn(async move {
         loop {
             let Ok((io, _)) = listener.accept().await else { continue };
+            let log = log.clone();
             tokio::spawn(async move {
                 let mut start = [0; 4];
                 let http2 = matches!(io.peek(&mut start).await, Ok(4)) && &start == b"PRI ";
-                let service = service_fn(move |req| answer(name, req));
+                let service = service_fn(move |req: Request<Incoming>| {
+                    log.lock().unwrap().push(format!("{} {}", req.method(), req.uri()));
+                    answer(name, req)
+                });
                 if http2 {
-                    let builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+                    let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+                    builder.max_header_list_size(1 << 20);
                     let _ = builder.serve_connection(TokioIo::new(io), service).await;
                 } else {
                     let builder = hyper::server::conn::http1::Builder::new();
@@ -58,7 +82,7 @@ pub(crate) fn http(pod: &Pod, port: u16, name: &'static str) -> App {
             });
         }
     });
-    App(task.abort_handle())
+    App { task: task.abort_handle(), seen }
 }
 
 async fn answer(name: &'static str, mut req: Request<Incoming>) -> Result<Response<Body>, Infallible> {
@@ -81,9 +105,16 @@ async fn answer(name: &'static str, mut req: Request<Incoming>) -> Result<Respon
     }
     let version = format!("{:?}", req.version());
     let client = req.headers().get("l5d-client-id").cloned();
-    let test = req.headers().get("x-test").cloned();
+    let seen = ["x-test", "traceparent"].map(|name| (name, req.headers().get(name).cloned()));
     let grpc = req.headers().get("content-type").is_some_and(|v| v == "application/grpc");
-    let text = format!("{name} {} {path}", req.method());
+    let mut text = format!("{name} {} {path}", req.method());
+    if path.starts_with("/headers") {
+        let authority = req.uri().authority().map(ToString::to_string).unwrap_or_default();
+        let _ = write!(text, "\nquery: {}\nauthority: {authority}", req.uri().query().unwrap_or_default());
+        for (name, value) in req.headers() {
+            let _ = write!(text, "\n{name}: {}", value.to_str().unwrap_or("?"));
+        }
+    }
     let sent = req.into_body().collect().await.map(|b| b.to_bytes()).unwrap_or_default();
     let body = if sent.is_empty() { Bytes::from(text) } else { sent };
     let mut rsp = if grpc {
@@ -100,11 +131,15 @@ async fn answer(name: &'static str, mut req: Request<Incoming>) -> Result<Respon
         *rsp.status_mut() = status;
     }
     rsp.headers_mut().insert("x-version", version.parse().unwrap());
+    rsp.headers_mut().insert("x-app", HeaderValue::from_static(name));
     if let Some(client) = client {
         rsp.headers_mut().insert("x-client-id", client);
     }
-    if let Some(test) = test {
-        rsp.headers_mut().insert("x-seen-test", test);
+    for (name, value) in seen {
+        if let Some(value) = value {
+            let name = format!("x-seen-{}", name.trim_start_matches("x-"));
+            rsp.headers_mut().insert(http::HeaderName::try_from(name).unwrap(), value);
+        }
     }
     Ok(rsp)
 }
@@ -132,7 +167,7 @@ fn tcp(pod: &Pod, port: u16, greeting: &'static str) -> App {
             });
         }
     });
-    App(task.abort_handle())
+    App { task: task.abort_handle(), seen: Arc::default() }
 }
 
 /// An HTTP/1.1 connection.
@@ -161,6 +196,21 @@ pub(crate) async fn grpc(pod: &Pod, addr: SocketAddr, path: &str) -> (StatusCode
     let answer = read(send.send_request(req.unwrap()).await.expect("an answer")).await.expect("a whole answer");
     let status = answer.headers.get("grpc-status").or_else(|| answer.trailers.get("grpc-status"));
     (answer.status, status.map_or_else(String::new, |s| s.to_str().unwrap_or_default().to_string()))
+}
+
+/// A TLS ClientHello for a name, as short as one can be.
+pub(crate) fn client_hello(name: &str) -> Vec<u8> {
+    let name = name.as_bytes();
+    let n = u8::try_from(name.len()).unwrap();
+    let mut sni = vec![0, 0, 0, n + 5, 0, n + 3, 0, 0, n];
+    sni.extend(name);
+    let mut body = vec![3, 3];
+    body.extend([7; 32]);
+    body.extend([0, 0, 2, 0x13, 0x01, 1, 0]);
+    body.extend([0, u8::try_from(sni.len()).unwrap()]);
+    body.extend(sni);
+    let n = u8::try_from(body.len()).unwrap();
+    [&[22, 3, 1, 0, n + 4, 1, 0, 0, n][..], &body].concat()
 }
 
 /// Sends bytes on a connection of its own: what comes back until as many bytes came, or the connection ended.

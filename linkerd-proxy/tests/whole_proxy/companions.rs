@@ -2,7 +2,7 @@
 
 use crate::{
     apps,
-    world::{World, service},
+    world::{BINARY, World, service},
 };
 use http::StatusCode;
 use std::{
@@ -12,7 +12,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-const BINARY: &str = env!("CARGO_BIN_EXE_linkerd-proxy");
 const WEB: ([u8; 4], u16) = ([10, 96, 0, 10], 80);
 
 /// Runs the binary under another name and an empty environment but for PATH.

@@ -2,7 +2,7 @@
 
 use crate::{
     apps::{self, Answer},
-    control_plane::{ControlPlane, Mood},
+    control_plane::{ControlPlane, Mood, certified, start},
     net::Pod,
     world::World,
 };
@@ -156,6 +156,48 @@ async fn without_a_certificate_readiness_says_why_and_sigterm_ends_at_once() {
     control.issue_no_certificates(None);
     world.wait_ready("two").await;
     assert_eq!(world.admin("two", "GET", "/ready?verbose").await.unwrap(), (200, "ready\n[+] certificate\n".into()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_the_environment_names_are_checked_at_the_start() {
+    let Some(mut world) = World::new("control-files") else { return };
+    let pod = world.meshed("one", &[], &[]);
+    let vars = [ControlPlane::new(&world).serve_local(&pod), certified(&world, &pod)];
+    let empty = world.dir.join("empty");
+    std::fs::create_dir(&empty).unwrap();
+    std::fs::write(empty.join("key.p8"), "").unwrap();
+    let (file, dir) = (empty.join("key.p8").display().to_string(), empty.display().to_string());
+    for (variable, value, words) in [
+        ("LINKERD2_PROXY_IDENTITY_TOKEN_FILE", "/nonexistent", "can't be read"),
+        ("LINKERD2_PROXY_IDENTITY_TOKEN_FILE", &file, "is empty"),
+        ("LINKERD2_PROXY_IDENTITY_DIR", &dir, "key.p8: 0 bytes long"),
+    ] {
+        start(&mut world, &pod, &vars, &[(variable, value)]);
+        assert_eq!(world.exit_code("one").await, Some(64));
+        let log = world.log("one");
+        let told = log.lines().filter(|line| line.contains(variable) && line.contains(words)).count();
+        assert!(told == 2 && log.contains("Invalid configuration: invalid environment variable"), "{log}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_differs_from_the_issuers_is_told_in_words() {
+    let Some(mut world) = World::new("control-skew") else { return };
+    let pod = world.meshed("one", &[], &[]);
+    let control = ControlPlane::new(&world);
+    control.clock_is_ahead(7_200);
+    control.spawn(&mut world, &pod, &[]);
+    let ready = async |words: &str| {
+        let verbose = world.admin("one", "GET", "/ready?verbose").await;
+        matches!(&verbose, Ok((503, body)) if body.contains(words))
+    };
+    world.eventually("the future is told", async || ready("this clock is behind the issuer's").await).await;
+    control.clock_is_ahead(-30 * 24 * 3_600);
+    world.eventually("the past is told", async || ready("ago by this machine's clock; check the clock").await).await;
+    // Still valid, and suspicious.
+    control.clock_is_ahead(-7_200);
+    world.wait_ready("one").await;
+    world.eventually("a warning", async || world.log("one").contains("this clock is ahead of the issuer's")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -11,22 +11,27 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use linkerd_tls::{Id, ca::Issuer};
-use linkerd2_proxy_api::{destination, identity, meta, outbound};
+use linkerd_tls::{
+    Id,
+    ca::Issuer,
+    identity::{self as tls, Alpn, Reader},
+};
+use linkerd2_proxy_api::{destination, identity, inbound, meta, outbound};
 use prost::Message;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     net::SocketAddr,
     sync::{Arc, Mutex},
     time::{Duration, SystemTime},
 };
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     sync::{mpsc, watch},
     task::JoinSet,
 };
 
-const PORT: u16 = 8086;
+pub(crate) const PORT: u16 = 8086;
 
 /// How it behaves, to new calls and to the streams that are open.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -49,21 +54,30 @@ pub(crate) struct ControlPlane(Arc<State>);
 
 struct State {
     mood: watch::Sender<Mood>,
-    /// A new value for each change of what is known.
-    known: watch::Sender<Known>,
+    /// A new value for each change of what is known; shared by all replicas.
+    known: Arc<watch::Sender<Known>>,
     calls: Mutex<BTreeMap<String, u32>>,
-    issuer: Issuer,
+    /// Who connected over TLS.
+    clients: Mutex<BTreeSet<Option<String>>>,
+    issuer: Arc<Issuer>,
 }
+
+/// Variables of an environment.
+pub(crate) type Vars = Vec<(String, String)>;
 
 /// What it tells.
 #[derive(Clone, Default)]
 struct Known {
+    /// By port.
+    servers: BTreeMap<u32, inbound::Server>,
     /// By original destination.
     policies: BTreeMap<String, outbound::OutboundPolicy>,
     /// By `name:port`.
     endpoints: BTreeMap<String, Vec<destination::WeightedAddr>>,
     /// How long certificates are said to last.
     lifetime: Option<Duration>,
+    /// How many seconds the issuer's clock is ahead, if it is.
+    clock: i64,
     /// Why none are issued.
     no_certificates: Option<String>,
 }
@@ -75,31 +89,48 @@ impl ControlPlane {
     pub(crate) fn new(world: &World) -> Self {
         Self(Arc::new(State {
             mood: watch::Sender::new(Mood::Well),
-            known: watch::Sender::new(Known::default()),
+            known: Arc::new(watch::Sender::new(Known::default())),
             calls: Mutex::default(),
-            issuer: Issuer::load(&world.dir.join("identity")).unwrap(),
+            clients: Mutex::default(),
+            issuer: Arc::new(Issuer::load(&world.dir.join("identity")).unwrap()),
         }))
+    }
+
+    /// One more replica: it knows the same, and has moods of its own.
+    pub(crate) fn replica(&self) -> Self {
+        Self(Arc::new(State {
+            mood: watch::Sender::new(Mood::Well),
+            known: self.0.known.clone(),
+            calls: Mutex::default(),
+            clients: Mutex::default(),
+            issuer: self.0.issuer.clone(),
+        }))
+    }
+
+    /// Serves in a pod over mesh TLS, as this identity.
+    pub(crate) fn serve_tls(&self, pod: &Pod, port: u16, name: &str) {
+        let id: Id = name.parse().unwrap();
+        let (mut writer, reader) =
+            tls::channel(id.clone(), id.to_server_name().unwrap(), self.0.issuer.trust_anchors().clone());
+        writer.set_certificate(self.0.issuer.issue(&id).unwrap()).unwrap();
+        tokio::spawn(serve(self.0.clone(), pod.clone(), port, Some(reader)));
+    }
+
+    /// Serves in a pod in plaintext, and is what the pod's proxy is to take for its control plane.
+    pub(crate) fn serve_local(&self, pod: &Pod) -> Vars {
+        tokio::spawn(serve(self.0.clone(), pod.clone(), PORT, None));
+        let addr = |service| (format!("LINKERD2_PROXY_{service}_SVC_ADDR"), format!("localhost.:{PORT}"));
+        vec![
+            addr("DESTINATION"),
+            addr("POLICY"),
+            addr("IDENTITY"),
+            ("LINKERD2_PROXY_POLICY_WORKLOAD".into(), "{}".into()),
+        ]
     }
 
     /// Serves in a pod and starts the pod's proxy, which takes it for its control plane.
     pub(crate) fn spawn(&self, world: &mut World, pod: &Pod, env: &[(&str, &str)]) {
-        tokio::spawn(serve(self.0.clone(), pod.clone()));
-        let anchors = std::fs::read_to_string(world.dir.join("identity/ca.crt")).unwrap();
-        let token = world.dir.join("token");
-        std::fs::write(&token, "a token").unwrap();
-        let (addr, name, token) = (format!("localhost.:{PORT}"), identity_of(&pod.name), token.display().to_string());
-        let mut all = vec![
-            ("LINKERD2_PROXY_DESTINATION_SVC_ADDR", &*addr),
-            ("LINKERD2_PROXY_POLICY_SVC_ADDR", &addr),
-            ("LINKERD2_PROXY_IDENTITY_SVC_ADDR", &addr),
-            ("LINKERD2_PROXY_POLICY_WORKLOAD", "{}"),
-            ("LINKERD2_PROXY_IDENTITY_TRUST_ANCHORS", &anchors),
-            ("LINKERD2_PROXY_IDENTITY_LOCAL_NAME", &name),
-            ("LINKERD2_PROXY_IDENTITY_DIR", "/nonexistent"),
-            ("LINKERD2_PROXY_IDENTITY_TOKEN_FILE", &token),
-        ];
-        all.extend_from_slice(env);
-        world.spawn_linkerd(&pod.name, &all);
+        start(world, pod, &[self.serve_local(pod), certified(world, pod)], env);
     }
 
     pub(crate) fn be(&self, mood: Mood) {
@@ -108,8 +139,17 @@ impl ControlPlane {
 
     /// A service: HTTP/1 at an address, balanced over what is set as endpoints of `name:80`.
     pub(crate) fn service(&self, addr: SocketAddr, name: &str) {
-        let policy = http1(&format!("{name}:80"));
+        self.policy(addr, http1(&format!("{name}:80")));
+    }
+
+    /// A policy of one's own for an address.
+    pub(crate) fn policy(&self, addr: SocketAddr, policy: outbound::OutboundPolicy) {
         self.0.known.send_modify(|known| drop(known.policies.insert(addr.to_string(), policy)));
+    }
+
+    /// What a port of every pod serves.
+    pub(crate) fn server(&self, port: u16, server: inbound::Server) {
+        self.0.known.send_modify(|known| drop(known.servers.insert(port.into(), server)));
     }
 
     /// A policy that lacks its protocol.
@@ -133,6 +173,28 @@ impl ControlPlane {
         self.0.known.send_modify(|known| drop(known.endpoints.insert(format!("{name}:80"), endpoints)));
     }
 
+    /// An endpoint that proves a URI, and is asked for by a name that is not it.
+    pub(crate) fn endpoint_of(&self, name: &str, addr: SocketAddr, uri: &str, server_name: &str) {
+        use destination::tls_identity::{DnsLikeIdentity, Strategy, UriLikeIdentity};
+        let tls_identity = Some(destination::TlsIdentity {
+            server_name: Some(DnsLikeIdentity { name: server_name.into() }),
+            strategy: Some(Strategy::UriLikeIdentity(UriLikeIdentity { uri: uri.into() })),
+        });
+        let addr =
+            destination::WeightedAddr { addr: Some(addr.into()), weight: 10_000, tls_identity, ..Default::default() };
+        self.0.known.send_modify(|known| drop(known.endpoints.insert(format!("{name}:80"), vec![addr])));
+    }
+
+    /// The issuer's clock is ahead by so many seconds.
+    pub(crate) fn clock_is_ahead(&self, seconds: i64) {
+        self.0.known.send_modify(|known| known.clock = seconds);
+    }
+
+    /// Identities that clients proved over TLS; none = a client without one.
+    pub(crate) fn clients(&self) -> BTreeSet<Option<String>> {
+        self.0.clients.lock().unwrap().clone()
+    }
+
     pub(crate) fn certificates_last(&self, lifetime: Duration) {
         self.0.known.send_modify(|known| known.lifetime = Some(lifetime));
     }
@@ -151,28 +213,55 @@ pub(crate) fn identity_of(pod: &str) -> String {
     format!("{pod}.{NAMESPACE}.serviceaccount.identity.linkerd.cluster.local")
 }
 
+/// What a pod's proxy needs to be certified by the identity service.
+pub(crate) fn certified(world: &World, pod: &Pod) -> Vars {
+    let token = world.dir.join("token");
+    std::fs::write(&token, "a token").unwrap();
+    let vars = [
+        ("TRUST_ANCHORS", std::fs::read_to_string(world.dir.join("identity/ca.crt")).unwrap()),
+        ("LOCAL_NAME", identity_of(&pod.name)),
+        ("DIR", "/nonexistent".into()),
+        ("TOKEN_FILE", token.display().to_string()),
+    ];
+    vars.map(|(name, value)| (format!("LINKERD2_PROXY_IDENTITY_{name}"), value)).into()
+}
+
+/// Starts a pod's proxy; of two variables with one name the later counts.
+pub(crate) fn start(world: &mut World, pod: &Pod, vars: &[Vars], env: &[(&str, &str)]) {
+    let mut all: Vec<_> = vars.iter().flatten().map(|(name, value)| (&**name, &**value)).collect();
+    all.extend_from_slice(env);
+    world.spawn_linkerd(&pod.name, &all);
+}
+
 /// Listens and serves, but while it refuses.
-async fn serve(state: Arc<State>, pod: Pod) {
+async fn serve(state: Arc<State>, pod: Pod, port: u16, identity: Option<Reader>) {
     let mut mood = state.mood.subscribe();
     loop {
         mood.wait_for(|mood| *mood != Mood::Refuses).await.unwrap();
-        let listener = pod.listen(PORT);
+        let listener = pod.listen(port);
         let mut connections = JoinSet::new();
         loop {
             tokio::select! {
                 _ = mood.wait_for(|mood| *mood == Mood::Refuses) => break,
                 accepted = listener.accept() => {
                     let Ok((io, _)) = accepted else { continue };
-                    let state = state.clone();
+                    let (state, identity) = (state.clone(), identity.clone());
                     connections.spawn(async move {
-                        let service = service_fn(move |req| answer(state.clone(), req));
-                        let builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-                        let _ = builder.serve_connection(TokioIo::new(io), service).await;
+                        let Some(identity) = identity else { return serve_connection(state, io).await };
+                        let Ok((peer, io)) = identity.accept(io, Alpn::None).await else { return };
+                        state.clients.lock().unwrap().insert(peer.client_id.map(|id| id.to_string()));
+                        serve_connection(state, io).await;
                     });
                 }
             }
         }
     }
+}
+
+async fn serve_connection(state: Arc<State>, io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+    let service = service_fn(move |req| answer(state.clone(), req));
+    let builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+    let _ = builder.serve_connection(TokioIo::new(io), service).await;
 }
 
 async fn answer(state: Arc<State>, req: Request<Incoming>) -> Result<Response<Body>, io::Error> {
@@ -201,7 +290,10 @@ async fn answer(state: Arc<State>, req: Request<Incoming>) -> Result<Response<Bo
             let path = destination::GetDestination::decode(message).unwrap().path;
             drop(tokio::spawn(watch_endpoints(state, path, tx)));
         }
-        "InboundServerPolicies/WatchPort" => drop(tokio::spawn(async move { tx.closed().await })),
+        "InboundServerPolicies/WatchPort" => {
+            let port = inbound::PortSpec::decode(message).unwrap().port;
+            drop(tokio::spawn(watch_server(state, port, tx)));
+        }
         other => panic!("unexpected call of {other}"),
     }
     let frames = futures_util::stream::unfold(rx, async |mut rx| Some((rx.recv().await?, rx)));
@@ -213,15 +305,17 @@ async fn answer(state: Arc<State>, req: Request<Incoming>) -> Result<Response<Bo
 async fn certify(state: &State, message: &[u8], tx: &Frames) {
     let request = identity::CertifyRequest::decode(message).unwrap();
     assert_eq!(request.token, b"a token");
-    let (lifetime, refusal) = {
+    let (lifetime, refusal, ahead) = {
         let known = state.known.borrow();
-        (known.lifetime.unwrap_or(Duration::from_secs(3_600)), known.no_certificates.clone())
+        (known.lifetime.unwrap_or(Duration::from_secs(3_600)), known.no_certificates.clone(), known.clock)
     };
     if let Some(why) = refusal {
         return end(tx, 9, &why).await;
     }
     let id: Id = request.identity.parse().unwrap();
-    let issued = state.issuer.issue_for(&request.certificate_signing_request, &id).unwrap();
+    let shift = Duration::from_secs(ahead.unsigned_abs());
+    let now = if ahead < 0 { SystemTime::now() - shift } else { SystemTime::now() + shift };
+    let issued = state.issuer.issue_for_at(&request.certificate_signing_request, &id, now).unwrap();
     let response = identity::CertifyResponse {
         leaf_certificate: issued.leaf,
         intermediate_certificates: issued.intermediates,
@@ -229,6 +323,23 @@ async fn certify(state: &State, message: &[u8], tx: &Frames) {
     };
     let _ = tx.send(Ok(frame(&response.encode_to_vec()))).await;
     end(tx, 0, "").await;
+}
+
+/// Says nothing about ports that nobody has set.
+async fn watch_server(state: Arc<State>, port: u32, tx: Frames) {
+    let mut known = state.known.subscribe();
+    let mut told = None;
+    loop {
+        let server = known.borrow_and_update().servers.get(&port).cloned();
+        if let Some(server) = server.filter(|server| told.as_ref() != Some(server)) {
+            let _ = tx.send(Ok(frame(&server.encode_to_vec()))).await;
+            told = Some(server);
+        }
+        tokio::select! {
+            _ = known.changed() => {}
+            () = tx.closed() => return,
+        }
+    }
 }
 
 async fn watch_policy(state: Arc<State>, addr: String, tx: Frames) {
@@ -306,7 +417,7 @@ fn surprise(message: &impl Message) -> Vec<u8> {
 }
 
 /// The gRPC framing: uncompressed, length, message.
-fn frame(message: &[u8]) -> Frame<Bytes> {
+pub(crate) fn frame(message: &[u8]) -> Frame<Bytes> {
     let mut bytes = BytesMut::with_capacity(5 + message.len());
     bytes.put_u8(0);
     bytes.put_u32(u32::try_from(message.len()).unwrap());
@@ -331,7 +442,7 @@ async fn end(tx: &Frames, status: u16, message: &str) {
 }
 
 /// One HTTP/1 route to a balancer.
-fn http1(path: &str) -> outbound::OutboundPolicy {
+pub(crate) fn http1(path: &str) -> outbound::OutboundPolicy {
     use outbound::{
         Backend, HttpRoute, OutboundPolicy, ProxyProtocol, Queue,
         backend::{BalanceP2c, EndpointDiscovery, Kind, balance_p2c, endpoint_discovery},

@@ -78,21 +78,6 @@ spec: {identities: [friend.shop.serviceaccount.identity.linkerd.cluster.local]}
 ";
 const ARE_FRIENDS: &str = "{group: policy.linkerd.io, kind: MeshTLSAuthentication, name: friends}";
 
-/// A ClientHello for `app.example`: the application's own TLS (RFC 8446 section 4.1.2, RFC 6066 section 3).
-fn client_hello() -> Vec<u8> {
-    let name = b"app.example";
-    let n = u8::try_from(name.len()).unwrap();
-    let mut sni = vec![0, 0, 0, n + 5, 0, n + 3, 0, 0, n];
-    sni.extend(name);
-    let mut body = vec![3, 3];
-    body.extend([7; 32]);
-    body.extend([0, 0, 2, 0x13, 0x01, 1, 0]);
-    body.extend([0, u8::try_from(sni.len()).unwrap()]);
-    body.extend(sni);
-    let n = u8::try_from(body.len()).unwrap();
-    [&[22, 3, 1, 0, n + 4, 1, 0, 0, n][..], &body].concat()
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn servers_of_every_protocol_serve_the_mesh_and_refuse_strangers() {
     let policy = [
@@ -115,7 +100,7 @@ async fn servers_of_every_protocol_serve_the_mesh_and_refuse_strangers() {
         let (status, code) = apps::grpc(who, pod.addr(8083), "/pkg.Svc/Do").await;
         assert_eq!((status, &*code), grpc, "{} gRPC", who.name);
     }
-    let hello = client_hello();
+    let hello = apps::client_hello("app.example");
     for (port, bytes) in [(9000, &b"\0bytes"[..]), (9000, b"GET / HTTP/1.1\r\n\r\n"), (9000, &hello), (8443, &hello)] {
         let back = apps::send_bytes(&site.friend, pod.addr(port), bytes).await;
         assert_eq!(back, bytes, "{port}\n{}", site.world.logs());
@@ -476,7 +461,7 @@ async fn the_proxys_own_port_is_for_other_proxies() {
     assert_eq!(apps::send_bytes(&site.friend, site.server.addr(9000), b"\0x").await, b"\0x");
     let header = ["session_protocol=\"\"", "target_port=\"9000\"", "friend.shop"];
     assert_eq!(site.world.metric("server", "inbound_tcp_transport_header_connections_total", &header).await, 1.0);
-    let hello = client_hello();
+    let hello = apps::client_hello("app.example");
     let forged = b"transport.l5d.io/v1\r\n\r\n\0\0\0\x03\x08\xa8\x46";
     for bytes in [&b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"[..], &hello, forged] {
         assert_eq!(apps::send_bytes(&site.stranger, site.server.addr(4143), bytes).await, b"");

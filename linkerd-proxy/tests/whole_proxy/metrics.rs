@@ -870,6 +870,9 @@ fn should(client: &str, server: &str) {
         for family in ["streams", "requests"] {
             check(page, &format!("opentelemetry_span_export_{family}"), &[], &[]);
         }
+        for family in ["workers", "injection_queue_depth", "park_total", "busy_seconds_total"] {
+            check(page, &format!("tokio_rt_{family}"), &[], &[]);
+        }
         for family in ["uptime_seconds_total", "clock_time_seconds", "network_receive_bytes_total"] {
             check(page, &format!("process_{family}"), &[], &[]);
         }

@@ -97,13 +97,36 @@ impl Net {
 impl Drop for Net {
     fn drop(&mut self) {
         for index in 1..=self.pods.load(Ordering::Relaxed) {
-            let _ = run(&["ip", "netns", "del", &format!("{}-{index}", self.prefix)]);
+            let netns = format!("{}-{index}", self.prefix);
+            let _ = run(&["ip", "netns", "del", &netns]);
+            let _ = std::fs::remove_dir_all(etc(&netns));
         }
         let _ = run(&["ip", "netns", "del", &self.bridge_netns()]);
     }
 }
 
+/// Where `ip netns exec` takes files of `/etc` from.
+fn etc(netns: &str) -> String {
+    format!("/etc/netns/{netns}")
+}
+
 impl Pod {
+    /// Commands that run in the pod from here on ask this name server.
+    pub(crate) fn resolve_by(&self, server: IpAddr) {
+        let dir = etc(&self.netns);
+        std::fs::create_dir_all(&dir).expect("/etc/netns");
+        let text = format!("nameserver {server}\noptions timeout:1 attempts:2\n");
+        std::fs::write(format!("{dir}/resolv.conf"), text).expect("a resolv.conf");
+    }
+
+    /// A UDP socket on every address of the pod.
+    pub(crate) fn udp(&self, port: u16) -> tokio::net::UdpSocket {
+        let socket = within(&self.netns, || std::net::UdpSocket::bind((IpAddr::from(Ipv4Addr::UNSPECIFIED), port)))
+            .unwrap_or_else(|e| panic!("{} cannot listen on {port}: {e}", self.name));
+        socket.set_nonblocking(true).expect("a nonblocking socket");
+        tokio::net::UdpSocket::from_std(socket).expect("a runtime")
+    }
+
     pub(crate) fn addr(&self, port: u16) -> SocketAddr {
         (self.ip4, port).into()
     }

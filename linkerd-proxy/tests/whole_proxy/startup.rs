@@ -3,7 +3,7 @@
 use crate::{
     apps,
     net::within,
-    world::{World, service},
+    world::{BINARY, World, service},
 };
 use http::StatusCode;
 use std::{
@@ -13,7 +13,6 @@ use std::{
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-const BINARY: &str = env!("CARGO_BIN_EXE_linkerd-proxy");
 const WEB: ([u8; 4], u16) = ([10, 96, 0, 10], 80);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -105,6 +104,20 @@ fn check_names_file_document_and_field() {
     )
     .unwrap();
     refused(&["check", dir.to_str().unwrap()], &["bad.yaml", "backendRequest", "2"]);
+    // All that is wrong with one object, each with its value and what to do.
+    std::fs::write(
+        dir.join("bad.yaml"),
+        "apiVersion: policy.linkerd.io/v1beta3\nkind: Server\nmetadata: {name: s, namespace: shop}\nspec: {podSelector: {matchLabels: {a: 1}}, port: 70000, proxyProtocol: HTTP/3, accessPolicy: open}\n",
+    )
+    .unwrap();
+    let refusals = [
+        "Server shop/s: spec.podSelector.matchLabels.a: integer `1` does not fit here. Write a string",
+        "spec.port: 70000 is no port. Write a number from 1 to 65535",
+        "spec.proxyProtocol: \"HTTP/3\" is no protocol. Write unknown, HTTP/1",
+        "spec.accessPolicy: \"open\" is no policy. Write all-unauthenticated",
+        "4 errors, 0 warnings",
+    ];
+    refused(&["check", dir.to_str().unwrap()], &refusals);
     std::fs::write(dir.join("bad.yaml"), "a: [").unwrap();
     refused(&["check", dir.to_str().unwrap()], &["bad.yaml"]);
     std::fs::remove_dir_all(dir).unwrap();

@@ -5,7 +5,7 @@ use std::{
     collections::BTreeMap,
     fmt::Write as _,
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -13,15 +13,17 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 pub(crate) const NAMESPACE: &str = "shop";
 const PROXY_UID: &str = "2102";
-const BINARY: &str = env!("CARGO_BIN_EXE_linkerd-proxy");
+pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_linkerd-proxy");
 /// A debug build on a busy machine; only failures wait this long.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) struct World {
     proxies: BTreeMap<String, Child>,
     pods: BTreeMap<String, Pod>,
+    /// Pods of other clusters, and of which.
+    members: BTreeMap<String, &'static str>,
     pub(crate) dir: PathBuf,
-    /// Further arguments of proxies.
+    /// Further arguments of this cluster's proxies.
     pub(crate) args: Vec<String>,
     net: Net,
 }
@@ -33,12 +35,37 @@ impl World {
         let dir = std::env::temp_dir().join(format!("linkerd-proxy-{}-{test}", std::process::id()));
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(dir.join("manifests")).expect("a temporary folder");
-        let world = Self { proxies: BTreeMap::new(), pods: BTreeMap::new(), dir, args: Vec::new(), net };
-        let identity = world.dir.join("identity");
-        success(Command::new(BINARY).args(["identity", "init"]).arg(&identity));
-        success(Command::new("chown").args(["-R", PROXY_UID]).arg(&identity));
+        let (proxies, pods, members) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let world = Self { proxies, pods, members, dir, args: Vec::new(), net };
+        identity(&world.dir.join("identity"), "cluster.local");
         success(Command::new("chmod").arg("755").arg(&world.dir));
         Some(world)
+    }
+
+    /// Another cluster: a folder of that name with manifests and an issuer of the trust domain `NAME.example`. Before the
+    /// first proxy starts, all clusters trust all.
+    pub(crate) fn cluster(&mut self, name: &'static str) -> PathBuf {
+        let folder = self.dir.join(name);
+        fs::create_dir_all(folder.join("manifests")).expect("a folder");
+        identity(&folder.join("identity"), &format!("{name}.example"));
+        self.args.extend(["--cluster".to_string(), format!("{name}={}", folder.join("manifests").display())]);
+        folder.join("manifests")
+    }
+
+    /// Hands every cluster the trust anchors of all.
+    pub(crate) fn share_trust(&self, clusters: &[&str]) {
+        let files: Vec<_> = clusters.iter().map(|name| self.dir.join(name)).chain([self.dir.clone()]).collect();
+        let files: Vec<_> = files.into_iter().map(|folder| folder.join("identity/ca.crt")).collect();
+        let bundle: String = files.iter().map(|file| fs::read_to_string(file).expect("an anchor")).collect();
+        for file in files {
+            fs::write(file, &bundle).expect("a bundle");
+        }
+    }
+
+    /// As [`World::meshed`], in another cluster.
+    pub(crate) fn meshed_in(&mut self, cluster: &'static str, name: &str, ports: &[(&str, u16)]) -> Pod {
+        self.members.insert(name.to_string(), cluster);
+        self.meshed(name, ports, &[])
     }
 
     /// A pod without a proxy; `extra` goes below `metadata` and `spec` of its manifest.
@@ -75,16 +102,25 @@ impl World {
         }
         write!(yaml, "status:\n  podIP: {0}\n  podIPs: [{{ip: {0}}}, {{ip: \"{1}\"}}]\n", pod.ip4, pod.ip6)
             .expect("a string");
-        self.manifest(&format!("pod-{name}"), &yaml);
+        self.write(&self.home(name).join("manifests"), &format!("pod-{name}"), &yaml);
         self.pods.insert(name.to_string(), pod.clone());
         pod
     }
 
     /// Writes or replaces a manifest file, in one step as an operator's tool would.
     pub(crate) fn manifest(&self, name: &str, yaml: &str) {
+        self.write(&self.manifests(), name, yaml);
+    }
+
+    fn write(&self, folder: &Path, name: &str, yaml: &str) {
         let temporary = self.dir.join(format!("{name}.tmp"));
         fs::write(&temporary, yaml).expect("a manifest");
-        fs::rename(temporary, self.manifests().join(format!("{name}.yaml"))).expect("a manifest");
+        fs::rename(temporary, folder.join(format!("{name}.yaml"))).expect("a manifest");
+    }
+
+    /// The folder of a pod's cluster.
+    fn home(&self, name: &str) -> PathBuf {
+        self.members.get(name).map_or_else(|| self.dir.clone(), |cluster| self.dir.join(cluster))
     }
 
     pub(crate) fn manifests(&self) -> PathBuf {
@@ -102,10 +138,15 @@ impl World {
     }
 
     pub(crate) fn spawn(&mut self, name: &str, env: &[(&str, &str)]) {
-        let run = ["run", "--manifests", &self.manifests().display().to_string()].map(str::to_string);
+        let home = self.home(name);
+        let run = ["run", "--manifests", &home.join("manifests").display().to_string()].map(str::to_string);
         let who = ["--workload".into(), format!("{NAMESPACE}/{name}"), "--identity".into()];
-        let identity = [self.dir.join("identity").display().to_string()];
-        self.spawn_args(name, &[&run[..], &who, &identity, &self.args].concat(), env);
+        let identity = [home.join("identity").display().to_string()];
+        let more = match self.members.get(name) {
+            Some(cluster) => vec!["--trust-domain".into(), format!("{cluster}.example")],
+            None => self.args.clone(),
+        };
+        self.spawn_args(name, &[&run[..], &who, &identity, &more].concat(), env);
     }
 
     /// The Linkerd proxy: everything from the environment.
@@ -231,6 +272,12 @@ impl Drop for World {
         }
         let _ = fs::remove_dir_all(&self.dir);
     }
+}
+
+/// An identity folder that the proxies can read.
+fn identity(folder: &Path, trust_domain: &str) {
+    success(Command::new(BINARY).args(["identity", "init", "--trust-domain", trust_domain]).arg(folder));
+    success(Command::new("chown").args(["-R", PROXY_UID]).arg(folder));
 }
 
 fn tail(text: &str, lines: usize) -> String {

@@ -4,6 +4,7 @@
 //! A request meets, first to last: `server` (codec, size limit), `normalize` (form, authority, hop-by-hop headers), the
 //! service, `client` (pool or stream), and its response the same way back.
 
+mod attend;
 pub mod body;
 pub mod client;
 pub mod headers;

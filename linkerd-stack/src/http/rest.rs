@@ -5,6 +5,7 @@
 //! busy (exchanges are open) → quiet (none is; a timer runs) → busy, or at rest when the timer ends and the codec agrees
 //! → busy with the next byte, or the end.
 
+use super::attend::Attention;
 use crate::{
     http::body::{Body, BodyError},
     io::{Io, PrefixedIo},
@@ -37,8 +38,10 @@ pub(super) const QUIET: Duration = Duration::from_millis(100);
 pub(super) struct Activity {
     /// Exchanges so far; wraps around.
     begun: AtomicUsize,
-    /// Requests and responses that are not over.
-    open: AtomicUsize,
+    /// Requests whose content is still to come, or to be taken.
+    reading: AtomicUsize,
+    /// Responses that are not sent.
+    answering: AtomicUsize,
     /// The stream has not yet taken everything that was written.
     unwritten: AtomicBool,
     /// The stream stays open when the codec ends.
@@ -46,11 +49,21 @@ pub(super) struct Activity {
 }
 
 impl Activity {
-    /// A request has come.
-    pub(super) fn begin(self: &Arc<Self>) -> Exchange {
+    /// A request has come. Its halves are open until dropped.
+    pub(super) fn begin(self: &Arc<Self>) -> (Request, Response) {
         self.begun.fetch_add(1, Relaxed);
-        self.open.fetch_add(1, Relaxed);
-        Exchange(self.clone())
+        self.reading.fetch_add(1, Relaxed);
+        self.answering.fetch_add(1, Relaxed);
+        (Request(self.clone()), Response(self.clone()))
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.reading.load(Relaxed) == 0 && self.answering.load(Relaxed) == 0
+    }
+
+    /// Whether all that can be done is to wait for a response.
+    fn is_answering(&self) -> bool {
+        self.reading.load(Relaxed) == 0 && self.answering.load(Relaxed) > 0
     }
 
     /// Runs `end`, which ends the codec, and leaves the stream open.
@@ -62,33 +75,36 @@ impl Activity {
     }
 }
 
-/// Keeps the connection from resting until dropped: a request whose content is still to come, a response that is still to
-/// be sent.
+/// A request whose content is still to come.
 #[derive(Debug)]
-pub(in crate::http) struct Exchange(Arc<Activity>);
+pub(in crate::http) struct Request(Arc<Activity>);
 
-impl Clone for Exchange {
-    fn clone(&self) -> Self {
-        self.0.open.fetch_add(1, Relaxed);
-        Self(self.0.clone())
+/// A response that is still to be sent.
+#[derive(Debug)]
+pub(super) struct Response(Arc<Activity>);
+
+impl Drop for Request {
+    fn drop(&mut self) {
+        self.0.reading.fetch_sub(1, Relaxed);
     }
 }
 
-impl Drop for Exchange {
+impl Drop for Response {
     fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Relaxed);
+        self.0.answering.fetch_sub(1, Relaxed);
     }
 }
 
 /// The content of a response on its way out.
 pub(super) struct Outgoing {
     body: Body,
-    _exchange: Option<Exchange>,
+    _open: Option<Response>,
 }
 
 impl Outgoing {
-    pub(super) fn new(body: Body, exchange: Option<Exchange>) -> Self {
-        Self { body, _exchange: exchange }
+    /// `open` is dropped with the content, when the codec has taken all of it.
+    pub(super) fn new(body: Body, open: Option<Response>) -> Self {
+        Self { body, _open: open }
     }
 }
 
@@ -128,7 +144,7 @@ impl Timer {
     /// answer is no (`woken` tells that it was).
     pub(super) fn is_due(&mut self, activity: &Activity, woken: bool, cx: &mut Context<'_>) -> bool {
         let begun = activity.begun.load(Relaxed);
-        let quiet = activity.open.load(Relaxed) == 0;
+        let quiet = activity.is_quiet();
         if !self.running {
             if !quiet || begun == self.seen {
                 return false;
@@ -162,11 +178,12 @@ impl Timer {
 pub(super) struct Stream<I> {
     io: PrefixedIo<I>,
     activity: Arc<Activity>,
+    attention: Attention,
 }
 
 impl<I: Io> Stream<I> {
     pub(super) fn new(io: I, activity: Arc<Activity>) -> Self {
-        Self { io: PrefixedIo::new(Bytes::new(), io), activity }
+        Self { io: PrefixedIo::new(Bytes::new(), io), activity, attention: Attention::new() }
     }
 
     /// Waits, without a buffer, until there is something to read. `rest` is what the last codec had read and not used.
@@ -179,11 +196,11 @@ impl<I: Io> Stream<I> {
         rest: Bytes,
         mut end: Pin<&mut impl Future<Output = ()>>,
     ) -> io::Result<Option<Self>> {
-        let Self { io, activity } = self;
+        let Self { io, activity, mut attention } = self;
         let (unread, mut io) = io.into_parts();
-        // What is left of the prefix was not read yet, so nothing was read beyond it. An empty `rest` goes at once: it
-        // keeps the codec's buffer.
-        let mut prefix = Some(rest).filter(|rest| !rest.is_empty()).unwrap_or(unread);
+        // Without anything unused the codec's buffer goes now, which even an empty piece of it keeps.
+        let rest = if rest.is_empty() { Bytes::new() } else { rest };
+        let mut prefix = if unread.is_empty() { rest } else { [rest, unread].concat().into() };
         if prefix.is_empty() {
             prefix = poll_fn(|cx| {
                 if end.as_mut().poll(cx).is_ready() {
@@ -201,7 +218,8 @@ impl<I: Io> Stream<I> {
             poll_fn(|cx| Pin::new(&mut io).poll_shutdown(cx)).await?;
             return Ok(None);
         }
-        Ok(Some(Self { io: PrefixedIo::new(prefix, io), activity }))
+        attention.heard();
+        Ok(Some(Self { io: PrefixedIo::new(prefix, io), activity, attention }))
     }
 
     fn wrote<T>(&self, result: Poll<T>) -> Poll<T> {
@@ -214,7 +232,12 @@ impl<I: Io> Stream<I> {
 
 impl<I: Io> AsyncRead for Stream<I> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_read(cx, buf)
+        let before = buf.filled().len();
+        let result = Pin::new(&mut self.io).poll_read(cx, buf);
+        if buf.filled().len() > before {
+            self.attention.heard();
+        }
+        result
     }
 }
 
@@ -237,8 +260,13 @@ impl<I: Io> AsyncWrite for Stream<I> {
         self.io.is_write_vectored()
     }
 
-    /// The codec flushes when it has written all it has.
+    /// The codec flushes when it has written all it has, and whenever it has been woken and has nothing left to do: the
+    /// time to look after the client.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if this.activity.is_answering() {
+            this.attention.look(&mut this.io, cx)?;
+        }
         let result = Pin::new(&mut self.io).poll_flush(cx);
         if result.is_ready() && self.activity.unwritten.load(Relaxed) {
             self.activity.unwritten.store(false, Relaxed);

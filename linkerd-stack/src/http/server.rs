@@ -12,7 +12,7 @@ use super::{
     client::Lease,
     headers,
     normalize::{self, BadRequest, Cached},
-    rest::{Activity, Exchange, Outgoing, Stream, Timer},
+    rest::{self, Activity, Outgoing, Stream, Timer},
     upgrade,
 };
 use crate::{drain, io::Io};
@@ -222,7 +222,7 @@ where
 fn http1(config: &ServerConfig) -> hyper::server::conn::http1::Builder {
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder
-        // A client may close its side after its request and still wait for the answer.
+        // `attend` tells clients that closed their side and wait from those that are gone.
         .half_close(true)
         .header_read_timeout(None)
         .max_buf_size(MIN_BUFFER.max(config.max_header_size.saturating_mul(CODEC_HEADER_FACTOR) as usize));
@@ -361,12 +361,13 @@ where
 
     fn call(&self, req: Request<Incoming>) -> Answer<S> {
         let state = self.state.clone();
-        let exchange = self.activity.begin();
-        let mut req = req.map(|body| match state.version {
-            Version::H1 => Body::leased(body, Lease::Served(exchange.clone())),
-            Version::H2 => Body::from(body),
-        });
-        let exchange = Some(exchange);
+        let (mut req, open) = match state.version {
+            Version::H1 => {
+                let (request, response) = self.activity.begin();
+                (req.map(|body| Body::leased(body, Lease::Served(request))), Some(response))
+            }
+            Version::H2 => (req.map(Body::from), None),
+        };
         let head = req.method() == Method::HEAD;
         let step = match self.admit(&mut req) {
             Err(rsp) => Step::Refused { rsp: Some(*rsp) },
@@ -377,11 +378,11 @@ where
                     upgrade,
                     head,
                     state,
-                    exchange,
+                    open,
                 };
             }
         };
-        Answer { step, upgrade: None, head, state, exchange }
+        Answer { step, upgrade: None, head, state, open }
     }
 }
 
@@ -409,7 +410,8 @@ pin_project! {
         upgrade: Option<upgrade::Requested>,
         head: bool,
         state: Arc<State>,
-        exchange: Option<Exchange>,
+        // Of HTTP/1.
+        open: Option<rest::Response>,
     }
 }
 
@@ -447,8 +449,8 @@ where
             };
             this.step.set(Step::Called { future });
         };
-        let exchange = this.exchange.take();
-        Poll::Ready(Ok(rsp.map(|body| Outgoing::new(body, exchange))))
+        let open = this.open.take();
+        Poll::Ready(Ok(rsp.map(|body| Outgoing::new(body, open))))
     }
 }
 

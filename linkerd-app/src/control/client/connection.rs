@@ -11,14 +11,14 @@ use super::{Shared, tls::Secure};
 use crate::{config, control::stream::random, transport};
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use linkerd_stack::{BoxedIo, backoff::Backoff};
+use linkerd_stack::{BoxedIo, Ready, backoff::Backoff};
 use linkerd_tls::Id;
 use parking_lot::Mutex;
 use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -54,8 +54,8 @@ pub(super) struct Dialer {
 pub(super) struct Endpoint {
     pub(super) addr: SocketAddr,
     up: Mutex<Option<Sender>>,
-    /// Requests whose responses have not ended: the load that replicas are compared by.
-    pub(super) streams: AtomicUsize,
+    /// Whether it is up. Changed with it, under its lock.
+    pub(super) ready: Ready,
     /// When anything last came from the replica, in milliseconds since `epoch`.
     heard: AtomicU64,
     epoch: Instant,
@@ -109,7 +109,7 @@ impl Endpoint {
         Self {
             addr,
             up: Mutex::new(None),
-            streams: AtomicUsize::new(0),
+            ready: Ready::new(false),
             heard: AtomicU64::new(0),
             epoch: Instant::now(),
             retired: AtomicBool::new(false),
@@ -121,9 +121,24 @@ impl Endpoint {
     pub(super) fn sender(&self) -> Option<Sender> {
         let mut up = self.up.lock();
         if up.as_ref().is_some_and(Sender::is_closed) {
-            *up = None;
+            self.change(&mut up, None);
         }
         up.clone()
+    }
+
+    fn connected(&self, sender: Sender) {
+        self.change(&mut self.up.lock(), Some(sender));
+    }
+
+    /// No new requests on this connection. Whether there was one.
+    fn disconnect(&self) -> bool {
+        self.change(&mut self.up.lock(), None)
+    }
+
+    fn change(&self, up: &mut Option<Sender>, sender: Option<Sender>) -> bool {
+        let was = std::mem::replace(up, sender).is_some();
+        self.ready.set(up.is_some());
+        was
     }
 
     /// Something came from the replica.
@@ -135,7 +150,7 @@ impl Endpoint {
     /// connection is not trusted any more: new requests get a new one, streams that are open stay.
     pub(super) fn suspect(&self, since: Instant) {
         let since = self.at(since);
-        if self.heard.load(Ordering::Relaxed) < since && self.up.lock().take().is_some() {
+        if self.heard.load(Ordering::Relaxed) < since && self.disconnect() {
             tracing::info!(addr = %self.addr, "Control plane connection has gone silent; opening another");
             self.abandon.notify_one();
         }
@@ -144,7 +159,7 @@ impl Endpoint {
     /// The replica is no longer to be used.
     pub(super) fn retire(&self) {
         self.retired.store(true, Ordering::Relaxed);
-        self.up.lock().take();
+        self.disconnect();
         self.abandon.notify_one();
     }
 
@@ -164,7 +179,7 @@ pub(super) async fn maintain(endpoint: Arc<Endpoint>, dialer: Arc<Dialer>, share
             Ok((sender, connection)) => {
                 tracing::debug!(service = shared.name(), addr = %endpoint.addr, "Control plane connected");
                 let since = Instant::now();
-                *endpoint.up.lock() = Some(sender);
+                endpoint.connected(sender);
                 shared.changed();
                 let mut connection = Box::pin(connection);
                 tokio::select! {
@@ -177,7 +192,7 @@ pub(super) async fn maintain(endpoint: Arc<Endpoint>, dialer: Arc<Dialer>, share
                         tokio::spawn(time::timeout(DRAIN_LIMIT, connection));
                     }
                 }
-                endpoint.up.lock().take();
+                endpoint.disconnect();
                 shared.changed();
                 if since.elapsed() >= STABLE {
                     attempt = 0;

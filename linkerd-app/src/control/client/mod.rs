@@ -1,7 +1,8 @@
 //! HTTP/2 client of one control-plane service (behaviour.md G.1, G.2), for the gRPC clients of `linkerd2-proxy-api`.
 //!
-//! The service's name is resolved to its replicas, each of which is kept connected. A request goes to the less loaded of
-//! two replicas; while none is connected it waits, bounded in time and number. Dropping all clones closes everything.
+//! The service's name is resolved to its replicas, each of which is kept connected, and requests are balanced over them as
+//! over any others (`linkerd_stack::balance`). While none is connected they wait, bounded in time and number. Dropping all
+//! clones closes everything.
 
 mod connection;
 pub(crate) mod dns;
@@ -21,25 +22,29 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use http::{HeaderMap, Request, Response, Uri};
 use http_body::{Body, Frame};
+use linkerd_stack::balance::{self, Balance, LoadHandle, Member, NotReady};
 use parking_lot::Mutex;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 use tokio::{
-    sync::{Semaphore, watch},
+    sync::watch,
     time::{self, Instant},
 };
 use tonic::Status;
 
 /// Requests that may wait for a connection (behaviour.md G.2).
 const QUEUE_CAPACITY: usize = 1_000;
-/// How long no replica may be connected before requests fail at once (behaviour.md G.2).
-const FAILFAST: Duration = Duration::from_secs(30);
+/// How long a request waits for a connection; then all fail at once until there is one (behaviour.md G.2).
+pub(crate) const FAILFAST: Duration = Duration::from_secs(30);
+/// Latency assumed of a replica that has answered nothing yet, and how estimates decay (behaviour.md G.2).
+const DEFAULT_RTT: Duration = Duration::from_millis(30);
+const DECAY: Duration = Duration::from_secs(10);
 /// A request that is given up sooner than this says nothing about its connection.
 const SUSPICION: Duration = Duration::from_secs(1);
 
@@ -64,14 +69,11 @@ pub(crate) struct Options {
 
 struct Shared {
     service: ControlService,
-    endpoints: Mutex<BTreeMap<SocketAddr, Arc<Endpoint>>>,
+    replicas: Balance<SocketAddr, Arc<Endpoint>>,
     /// Whether some replica is connected.
     connected: watch::Sender<bool>,
-    /// Since when none is.
-    down: Mutex<Option<Instant>>,
     /// The last failure to resolve or to connect.
     trouble: Mutex<Option<Arc<str>>>,
-    queue: Semaphore,
     observer: Arc<dyn Observer>,
 }
 
@@ -79,17 +81,21 @@ impl Client {
     /// Starts to resolve and connect in the background. Must be called within a runtime.
     pub(crate) fn new(options: Options) -> Self {
         let Options { service, addr, connect, secure, needs_identity, dns, observer } = options;
+        let balance = balance::Config {
+            default_rtt: DEFAULT_RTT,
+            decay: DECAY,
+            queue_capacity: QUEUE_CAPACITY,
+            failfast_timeout: FAILFAST,
+        };
         let shared = Arc::new(Shared {
             service,
-            endpoints: Mutex::new(BTreeMap::new()),
+            replicas: Balance::new(balance, observer.balancer(service)),
             connected: watch::Sender::new(false),
-            down: Mutex::new(Some(Instant::now())),
             trouble: Mutex::new(None),
-            queue: Semaphore::new(QUEUE_CAPACITY),
             observer,
         });
         // Loopback addresses are spoken to in plaintext, whatever their identity (behaviour.md G.1).
-        let identity = addr.identity.clone().filter(|_| !is_loopback(&addr));
+        let identity = addr.identity.clone().filter(|_| !addr.is_loopback());
         let dialer = Dialer { connect, tls: identity.map(|id| (secure, id)), needs_identity };
         let resolving = tokio::spawn(keep_resolved(shared.clone(), addr, Arc::new(dialer), dns));
         Self { shared, _resolving: Arc::new(AbortOnDrop::new(&resolving)) }
@@ -119,15 +125,10 @@ pub(crate) fn origin(addr: &config::ControlAddr) -> Uri {
     uri.unwrap_or_else(|_| Uri::from_static("http://control-plane/"))
 }
 
-/// Whether a service is on this host: no TLS, no limits on streams (behaviour.md G.1).
-pub(crate) fn is_loopback(addr: &config::ControlAddr) -> bool {
-    dns::literal(addr).is_some_and(|addr| addr.ip().is_loopback())
-}
-
 /// Keeps the set of replicas as DNS says. A failed look-up leaves the set as it is.
 async fn keep_resolved(shared: Arc<Shared>, addr: config::ControlAddr, dialer: Arc<Dialer>, dns: Arc<dyn Lookup>) {
     // Ends with this task.
-    let mut tasks: BTreeMap<SocketAddr, AbortOnDrop> = BTreeMap::new();
+    let mut tasks = BTreeMap::new();
     let backoff = dialer.backoff();
     let mut attempt = 0;
     loop {
@@ -138,25 +139,7 @@ async fn keep_resolved(shared: Arc<Shared>, addr: config::ControlAddr, dialer: A
         let refresh = match answer {
             Ok(answer) => {
                 attempt = 0;
-                let gone: Vec<_> = tasks.keys().filter(|addr| !answer.value.contains(addr)).copied().collect();
-                for addr in gone {
-                    if let Some(endpoint) = shared.endpoints.lock().remove(&addr) {
-                        endpoint.retire();
-                    }
-                    // Its streams end on their own.
-                    if let Some(task) = tasks.remove(&addr) {
-                        task.detach();
-                    }
-                }
-                for addr in answer.value {
-                    tasks.entry(addr).or_insert_with(|| {
-                        let endpoint = Arc::new(Endpoint::new(addr));
-                        shared.endpoints.lock().insert(addr, endpoint.clone());
-                        let task = tokio::spawn(connection::maintain(endpoint, dialer.clone(), shared.clone()));
-                        AbortOnDrop::new(&task)
-                    });
-                }
-                shared.changed();
+                shared.use_replicas(&answer.value, &dialer, &mut tasks);
                 answer.ttl
             }
             Err(failed) => {
@@ -184,62 +167,61 @@ impl Shared {
         self.service.as_str()
     }
 
+    /// Replaces the set of replicas; `tasks` keep them connected.
+    fn use_replicas(
+        self: &Arc<Self>,
+        addrs: &BTreeSet<SocketAddr>,
+        dialer: &Arc<Dialer>,
+        tasks: &mut BTreeMap<SocketAddr, AbortOnDrop>,
+    ) {
+        let gone: Vec<_> = tasks.extract_if(.., |addr, _| !addrs.contains(addr)).collect();
+        let members = addrs.iter().map(|addr| {
+            let member = self.replicas.member(addr).unwrap_or_else(|| {
+                let endpoint = Arc::new(Endpoint::new(*addr));
+                let task = tokio::spawn(connection::maintain(endpoint.clone(), dialer.clone(), self.clone()));
+                tasks.insert(*addr, AbortOnDrop::new(&task));
+                Member { ready: endpoint.ready.clone(), service: endpoint, weight: 1 }
+            });
+            (*addr, member)
+        });
+        let members = members.collect();
+        let retired: Vec<_> = gone.iter().filter_map(|(addr, _)| self.replicas.get(addr)).collect();
+        self.replicas.reset(members);
+        for endpoint in retired {
+            endpoint.retire();
+        }
+        for (_, task) in gone {
+            // Its streams end on their own.
+            task.detach();
+        }
+        self.changed();
+    }
+
     /// Replicas came, went, connected or disconnected.
     fn changed(&self) {
-        let up = self.endpoints.lock().values().any(|endpoint| endpoint.sender().is_some());
-        let mut down = self.down.lock();
-        match up {
-            true => *down = None,
-            false => {
-                down.get_or_insert_with(Instant::now);
-            }
-        }
-        // Also when nothing changed: who waits looks again.
-        self.connected.send_replace(up);
+        let up = self.replicas.status().iter().any(|replica| replica.ready);
+        self.connected.send_if_modified(|was| std::mem::replace(was, up) != up);
     }
 
     fn trouble(&self, why: &str) {
         *self.trouble.lock() = Some(why.into());
     }
 
-    /// The less loaded of two connected replicas.
-    fn pick(&self) -> Option<(Arc<Endpoint>, connection::Sender)> {
-        let endpoints = self.endpoints.lock();
-        let mut up: Vec<_> =
-            endpoints.values().filter_map(|endpoint| Some((endpoint.clone(), endpoint.sender()?))).collect();
-        drop(endpoints);
-        if up.is_empty() {
-            return None;
-        }
-        let draw = |n: usize| rand::RngExt::random_range(&mut rand::rng(), 0..n);
-        let one = up.swap_remove(draw(up.len()));
-        if up.is_empty() {
-            return Some(one);
-        }
-        let other = up.swap_remove(draw(up.len()));
-        let load = |endpoint: &Endpoint| endpoint.streams.load(Ordering::Relaxed);
-        Some(if load(&other.0) < load(&one.0) { other } else { one })
-    }
-
     /// A connected replica, waited for if need be.
-    async fn acquire(&self) -> Result<(Arc<Endpoint>, connection::Sender), Status> {
-        if let Some(picked) = self.pick() {
-            return Ok(picked);
-        }
-        let Ok(_waiting) = self.queue.try_acquire() else {
-            return Err(self.unavailable(&format!("{QUEUE_CAPACITY} requests are waiting for it")));
-        };
-        let mut connected = self.connected.subscribe();
+    async fn acquire(&self) -> Result<(Arc<Endpoint>, LoadHandle, connection::Sender), Status> {
         loop {
-            connected.borrow_and_update();
-            if let Some(picked) = self.pick() {
-                return Ok(picked);
-            }
-            let deadline = self.down.lock().get_or_insert_with(Instant::now).checked_add(FAILFAST);
-            let deadline = deadline.unwrap_or_else(Instant::now);
-            match time::timeout_at(deadline, connected.changed()).await {
-                Ok(Ok(())) => {}
-                Ok(Err(_)) | Err(_) => return Err(self.unavailable(&format!("not connected for {FAILFAST:?}"))),
+            let picked = self.replicas.acquire().await.map_err(|error| match error {
+                NotReady::LoadShed if self.replicas.gate().get() => {
+                    self.unavailable(&format!("{QUEUE_CAPACITY} requests are waiting for it"))
+                }
+                NotReady::FailFast(_) | NotReady::LoadShed => {
+                    self.unavailable(&format!("not connected for {FAILFAST:?}"))
+                }
+                NotReady::Failed(reason) => self.unavailable(&reason),
+            })?;
+            // None if it was closed between the pick and now, which made it unready.
+            if let Some(sender) = picked.service.sender() {
+                return Ok((picked.service, picked.load, sender));
             }
         }
     }
@@ -263,13 +245,12 @@ impl tower::Service<Request<tonic::body::Body>> for Client {
     fn call(&mut self, request: Request<tonic::body::Body>) -> Self::Future {
         let client = self.clone();
         Box::pin(async move {
-            let (endpoint, mut sender) = client.shared.acquire().await?;
+            let (endpoint, load, mut sender) = client.shared.acquire().await?;
             let observer = client.shared.observer.clone();
             let service = client.shared.service;
             observer.request(service);
             let sent = Instant::now();
-            endpoint.streams.fetch_add(1, Ordering::Relaxed);
-            let mut open = Open { client, endpoint, sent, answered: false, status: None, grpc: None };
+            let mut open = Open { client, endpoint, load, sent, answered: false, status: None, grpc: None };
             // Waits for a free stream, then for the response's head.
             let response = match sender.ready().await {
                 Ok(()) => sender.send_request(request).await,
@@ -287,6 +268,7 @@ impl tower::Service<Request<tonic::body::Body>> for Client {
             open.status = Some(response.status().as_u16());
             open.grpc = grpc_status(response.headers());
             open.endpoint.heard();
+            open.load.observe(sent.elapsed());
             observer.first_byte(service, response.status().as_u16(), sent.elapsed());
             Ok(response.map(|inner| ResponseBody { inner, open }))
         })
@@ -297,6 +279,7 @@ impl tower::Service<Request<tonic::body::Body>> for Client {
 struct Open {
     client: Client,
     endpoint: Arc<Endpoint>,
+    load: LoadHandle,
     sent: Instant,
     answered: bool,
     status: Option<u16>,
@@ -305,7 +288,8 @@ struct Open {
 
 impl Drop for Open {
     fn drop(&mut self) {
-        self.endpoint.streams.fetch_sub(1, Ordering::Relaxed);
+        // Changes nothing if there was an answer.
+        self.load.penalize(self.sent.elapsed());
         if !self.answered && self.sent.elapsed() >= SUSPICION {
             self.endpoint.suspect(self.sent);
         }

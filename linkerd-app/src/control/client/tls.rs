@@ -37,7 +37,7 @@ impl Secure for Reader {
                 io::Error::new(io::ErrorKind::InvalidInput, format!("{server_id} is no DNS name to ask for"))
             })?;
             let server = ClientTls { server_id, server_name, transport_header: false };
-            let (_, io) = Self::connect(&identity, io, &server).await.map_err(io::Error::other)?;
+            let (_, io) = identity.client(server).connect(io).await.map_err(io::Error::other)?;
             Ok(Box::new(io) as BoxedIo)
         })
     }

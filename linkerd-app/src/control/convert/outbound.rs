@@ -75,67 +75,44 @@ fn http(
     Ok(Http { routes: Routes::Http(routes.into(), Precedence::Linkerd), breaker })
 }
 
-fn http_route(message: api::HttpRoute) -> Result<Route, Invalid> {
-    let api::HttpRoute { metadata, hosts, rules } = message;
-    Ok(Route {
-        meta: required("metadata", metadata, meta::strict)?,
-        hosts: list("hosts", hosts, route::host)?,
-        rules: list("rules", rules, http_rule)?,
-    })
+/// The messages for HTTP and for gRPC differ in nothing but what they match, filter and retry by.
+macro_rules! route {
+    ($route:ident, $message:ident, $rule:ident, $module:ident, $match:expr, $filter:expr, $distribution:expr, $retry:expr) => {
+        fn $route(message: api::$message) -> Result<Route, Invalid> {
+            let api::$message { metadata, hosts, rules } = message;
+            Ok(Route {
+                meta: required("metadata", metadata, meta::strict)?,
+                hosts: list("hosts", hosts, route::host)?,
+                rules: list("rules", rules, $rule)?,
+            })
+        }
+
+        fn $rule(message: api::$module::Rule) -> Result<Rule, Invalid> {
+            #[allow(deprecated)]
+            let api::$module::Rule {
+                matches,
+                filters,
+                backends,
+                request_timeout,
+                timeouts,
+                retry,
+                allow_l5d_request_headers,
+            } = message;
+            Ok(Rule {
+                matches: list("matches", matches, $match)?,
+                filters: list("filters", filters, $filter)?,
+                backends: required("backends", backends, $distribution)?,
+                timeouts: self::timeouts(timeouts, request_timeout)?,
+                retry: optional("retry", retry, $retry)?,
+                allow_l5d_headers: allow_l5d_request_headers,
+                session: None,
+            })
+        }
+    };
 }
 
-fn http_rule(message: api::http_route::Rule) -> Result<Rule, Invalid> {
-    #[allow(deprecated)]
-    let api::http_route::Rule {
-        matches,
-        filters,
-        backends,
-        request_timeout,
-        timeouts,
-        retry,
-        allow_l5d_request_headers,
-    } = message;
-    Ok(Rule {
-        matches: list("matches", matches, route::http_match)?,
-        filters: list("filters", filters, http_filter)?,
-        backends: required("backends", backends, http_distribution)?,
-        timeouts: self::timeouts(timeouts, request_timeout)?,
-        retry: optional("retry", retry, http_retry)?,
-        allow_l5d_headers: allow_l5d_request_headers,
-        session: None,
-    })
-}
-
-fn grpc_route(message: api::GrpcRoute) -> Result<Route, Invalid> {
-    let api::GrpcRoute { metadata, hosts, rules } = message;
-    Ok(Route {
-        meta: required("metadata", metadata, meta::strict)?,
-        hosts: list("hosts", hosts, route::host)?,
-        rules: list("rules", rules, grpc_rule)?,
-    })
-}
-
-fn grpc_rule(message: api::grpc_route::Rule) -> Result<Rule, Invalid> {
-    #[allow(deprecated)]
-    let api::grpc_route::Rule {
-        matches,
-        filters,
-        backends,
-        request_timeout,
-        timeouts,
-        retry,
-        allow_l5d_request_headers,
-    } = message;
-    Ok(Rule {
-        matches: list("matches", matches, route::grpc_match)?,
-        filters: list("filters", filters, grpc_filter)?,
-        backends: required("backends", backends, grpc_distribution)?,
-        timeouts: self::timeouts(timeouts, request_timeout)?,
-        retry: optional("retry", retry, grpc_retry)?,
-        allow_l5d_headers: allow_l5d_request_headers,
-        session: None,
-    })
-}
+route!(http_route, HttpRoute, http_rule, http_route, route::http_match, http_filter, http_distribution, http_retry);
+route!(grpc_route, GrpcRoute, grpc_rule, grpc_route, route::grpc_match, grpc_filter, grpc_distribution, grpc_retry);
 
 fn http_filter(message: api::http_route::Filter) -> Result<Filter, Invalid> {
     use api::http_route::filter::Kind;

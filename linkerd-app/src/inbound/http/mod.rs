@@ -17,12 +17,12 @@ use crate::{
     http::{
         Asked, Rescue,
         rescue::{self, Answer},
+        settings,
     },
-    policy::{
-        Target,
-        endpoint::{Http2Params, Http2Windows},
+    policy::Target,
+    telemetry::{
+        Code, ConnLabels, Direction, Peer, Telemetry, TlsLabels, access::Entry, termination::Phase, trace::SpanKind,
     },
-    telemetry::{Code, ConnLabels, Direction, Peer, Telemetry, TlsLabels, access::Entry, termination::Phase},
     transport::{Metered, io_failure},
 };
 use ::http::{HeaderName, HeaderValue, Request, Response, uri::Authority};
@@ -31,9 +31,7 @@ use linkerd_stack::{
     backoff::Backoff,
     drain,
     http::{
-        Body, ClientConfig, CloseConnection, Reset, ServeError, ServerConfig, Version,
-        client::{Http1Config, Http2Config, KeepAlive},
-        normalize, orig_proto,
+        Body, ClientConfig, CloseConnection, Reset, ServeError, Version, client::Http1Config, normalize, orig_proto,
     },
 };
 use std::{
@@ -59,9 +57,17 @@ pub(super) async fn serve(
     // Clients of direct connections name their target (behaviour.md A.5).
     let default_authority = (!conn.direct).then(|| Authority::try_from(conn.target.to_string()).ok()).flatten();
     let local = inbound.locals.http(conn.target);
-    let app = BoxService::from_fn(move |req| {
+    let telemetry = inbound.telemetry.clone();
+    let app = BoxService::from_fn(move |mut req| {
         let local = local.clone();
-        async move { local.send(req).await }
+        let span = telemetry.tracer().begin(Direction::Inbound, SpanKind::Client, &mut req);
+        async move {
+            let answered = local.send(req).await;
+            if let (Some(span), Ok(rsp)) = (span, &answered) {
+                span.answered(rsp.status());
+            }
+            answered
+        }
     });
     run(inbound, conn, Kind::App, version, io, default_authority, app, drain).await
 }
@@ -109,7 +115,7 @@ async fn run(
     let connection = Connection { client, tls, target, port, kind };
     let policy = PolicyService::new(inbound.guard.clone(), connection, inner);
     let server = Server::new(policy, default_authority, inbound.cfg.max_in_flight);
-    linkerd_stack::http::serve(&server_config(&inbound.cfg.http_server), version, io, server, drain)
+    linkerd_stack::http::serve(&settings::server(&inbound.cfg.http_server), version, io, server, drain)
         .await
         .map_err(ended)
 }
@@ -164,6 +170,13 @@ impl Shared {
             access::Line::new(log.clone(), self.policy.telemetry().clone(), Instant::now(), entry)
         });
 
+        let span = match conn.kind {
+            Kind::App | Kind::Gateway => {
+                self.policy.telemetry().tracer().begin(Direction::Inbound, SpanKind::Server, &mut req)
+            }
+            Kind::Admin => None,
+        };
+
         // Restore, identify.
         let mut asked = Asked::of(&req);
         let carried = orig_proto::restore_request(&mut req);
@@ -185,6 +198,7 @@ impl Shared {
                 rsp
             }
             Err(error) => {
+                let error = conn.locate(error);
                 termination = Some(self.policy.failed(&error));
                 match self.rescue.answer(&error, &asked) {
                     Answer::Response(rsp) => rsp,
@@ -197,6 +211,9 @@ impl Shared {
                 }
             }
         };
+        if let Some(span) = span {
+            span.answered(rsp.status());
+        }
         if rescue::closes(&rsp) {
             rsp.extensions_mut().insert(CloseConnection);
         }
@@ -247,47 +264,11 @@ fn ended(error: ServeError) -> Failed {
     Failed { code, error }
 }
 
-/// The server's settings, as the stack takes them.
-pub fn server_config(cfg: &config::HttpServer) -> ServerConfig {
-    ServerConfig {
-        stream_window: cfg.stream_window,
-        connection_window: cfg.connection_window,
-        adaptive_window: cfg.adaptive_window,
-        keep_alive: cfg.keep_alive,
-        max_concurrent_streams: cfg.max_concurrent_streams,
-        max_frame_size: cfg.max_frame_size,
-        max_header_size: cfg.max_header_size,
-        max_header_setting: cfg.max_header_setting,
-        max_pending_accept_reset_streams: cfg.max_pending_accept_reset_streams,
-        max_send_buf_size: cfg.max_send_buf_size,
-    }
-}
-
 /// The settings of the client for the application, as the stack takes them.
 pub(super) fn client_config(cfg: &config::Inbound, backoff: Backoff) -> ClientConfig {
-    let Http2Params { windows, keep_alive, max_concurrent_reset_streams, max_frame_size, max_send_buf_size } =
-        &cfg.http2_client;
-    let mut h2 = Http2Config {
-        keep_alive: keep_alive.map(|k| KeepAlive {
-            interval: k.interval,
-            timeout: k.timeout,
-            while_idle: k.while_idle,
-        }),
-        max_frame_size: *max_frame_size,
-        max_send_buf_size: max_send_buf_size.map(|n| n as usize),
-        max_concurrent_reset_streams: max_concurrent_reset_streams.map(|n| n as usize),
-        ..Http2Config::default()
-    };
-    match windows {
-        None => {}
-        Some(Http2Windows::Adaptive) => h2.adaptive_window = true,
-        Some(Http2Windows::Fixed { stream, connection }) => {
-            (h2.stream_window, h2.connection_window) = (*stream, *connection);
-        }
-    }
     ClientConfig {
         h1: Http1Config { idle_timeout: cfg.http1.idle_timeout, max_idle: cfg.http1.max_idle },
-        h2,
+        h2: settings::http2_client(&cfg.http2_client, &cfg.http2_client),
         backoff,
         max_header_size: cfg.http_server.max_header_size,
     }

@@ -6,13 +6,13 @@
 
 use super::{
     observe::{self, Handles},
-    profile::{NameRef, Profiles},
+    profile::{NameRef, Profiles, Taken},
 };
 use crate::{
     config,
     error::{Cause, Error},
     http::{
-        Asked, Rescue, best_match, best_match_at,
+        Asked, Match, Rescue, best_match, best_match_at,
         classify::Rule,
         filter::{self, Flow},
         rescue::is_endpoint_level,
@@ -29,6 +29,7 @@ use crate::{
         route::{HostMatch, RouteMatch},
         server::{Protocol, Route},
     },
+    tap::{self, About},
     telemetry::{
         Code, Counter, Direction, EndpointLabels, InboundRouteLabels, InboundServer, RouteKind, ServerLabels,
         Telemetry, access::AccessLog, termination::Phase,
@@ -106,6 +107,15 @@ enum Decision {
     Deny { denied: Arc<Counter> },
 }
 
+/// A request that may pass.
+struct Permit<'a> {
+    route: &'a Route,
+    matched: Match,
+    /// Index of the authorization.
+    authz: usize,
+    handles: Handles,
+}
+
 impl Guard {
     pub(in crate::inbound) fn new(
         cfg: &config::Inbound,
@@ -131,6 +141,13 @@ impl Guard {
     }
 }
 
+impl Connection {
+    /// Says where a failure happened: whoever reads of it sees only this (behaviour.md E.6).
+    pub(super) fn locate(&self, error: Error) -> Error {
+        error.context(format!("server: {}", self.target)).context(format!("client {}", self.client))
+    }
+}
+
 impl PolicyService {
     /// Puts the policy of the connection's port before `inner`.
     pub fn new(guard: Arc<Guard>, conn: Connection, inner: BoxService<Request<Body>, Response<Body>, Error>) -> Self {
@@ -151,47 +168,9 @@ impl PolicyService {
     /// application's answers.
     pub async fn call(&self, mut req: Request<Body>, asked: &Asked, rescue: Rescue) -> Result<Response<Body>, Error> {
         let resolved = self.resolved();
-        let policy = &resolved.prepared.policy;
-        let routes = match policy::http(policy) {
-            HttpRoutes::Routes(routes) => routes,
-            HttpRoutes::Invalid(reason) => {
-                // Nobody is authorized by a policy that was not understood.
-                let case = self.case(&resolved, None);
-                self.guard.lines.denied(case);
-                return Err(Error::new(Cause::Unauthorized).context(format!("invalid policy: {reason}")));
-            }
-        };
 
-        // Route.
-        let Some(matched) = best_match(candidates(routes), policy.precedence, &req) else {
-            resolved.metrics.http_not_found().inc();
-            self.guard.lines.no_route(self.conn.client, &resolved.prepared, req.method(), req.uri().path());
-            return Err(Cause::NoRoute.into());
-        };
-        let (Some(route), Some(slot)) = (routes.get(matched.route), resolved.routes.get(matched.route)) else {
-            return Err(Cause::NoRoute.into());
-        };
-
-        // Authorization.
-        let decision = slot.get_or_init(|| self.decide(&resolved, route));
-        let handles = match decision {
-            Decision::Allow { allowed, handles, audit, authz } => {
-                self.permit_readings(&resolved, routes, &req)?;
-                allowed.inc();
-                if *audit {
-                    self.guard.lines.audited(self.case(&resolved, Some(route)));
-                }
-                match self.guard.authority_labels {
-                    true => self.labelled(&resolved, route, *authz, handles, &req),
-                    false => handles.clone(),
-                }
-            }
-            Decision::Deny { denied } => {
-                denied.inc();
-                self.guard.lines.denied(self.case(&resolved, Some(route)));
-                return Err(Cause::Unauthorized.into());
-            }
-        };
+        // Route and authorization.
+        let Permit { route, matched, authz, mut handles } = self.permit(&resolved, &req)?;
 
         // Filters.
         let filters = route.rules.get(matched.rule).map_or(&[][..], |rule| &rule.filters);
@@ -201,52 +180,35 @@ impl PolicyService {
         };
 
         // Rate limit.
-        if let (Some(limits), Some(share)) = (&resolved.prepared.limits, &resolved.share)
-            && let Err(error) = limits.check(share)
-        {
-            if let Cause::RateLimited { scope, .. } = error.cause() {
-                resolved.metrics.rate_limited(limits.policy().meta.as_ref(), *scope).inc();
-            }
-            return Err(error);
-        }
+        resolved.limit()?;
 
         // On, observed.
-        let mut rule = Rule::of(req.headers(), matches!(policy.protocol, Protocol::Grpc(_)));
-        let mut handles = handles;
-        if self.conn.kind == Kind::App && !self.guard.profiles.is_off() {
-            let name = logical(&req);
-            if let Some(name) = self.profile(name).await
-                && let Some((metrics, classes)) = name.route(&req)
-            {
-                handles.profile = Some(metrics);
-                rule = classes.unwrap_or(rule);
-            }
+        let profile = self.profile(self.profiled(&req)).await.and_then(|name| name.route(&req));
+        let mut rule = Rule::of(req.headers(), matches!(resolved.prepared.policy.protocol, Protocol::Grpc(_)));
+        if let Some(Taken { rule: judges, metrics, .. }) = &profile {
+            handles.profile = Some(metrics.clone());
+            rule = judges.clone().unwrap_or(rule);
         }
-        let upgrade = (req.method() == Method::CONNECT || normalize::is_upgrade(&req)).then(|| {
-            let mut head = Request::new(());
-            *head.method_mut() = req.method().clone();
-            *head.uri_mut() = req.uri().clone();
-            *head.headers_mut() = req.headers().clone();
-            head
-        });
+        let tapped = match self.conn.kind {
+            Kind::App => self.guard.telemetry.taps().request(&req, || {
+                let labels = profile.as_ref().map(|Taken { labels: tap::Route(labels), .. }| &**labels);
+                self.about(&resolved, route, authz).on_route(labels)
+            }),
+            Kind::Admin | Kind::Gateway => None,
+        };
+        let upgrade = upgrade_head(&req);
         let (parts, body) = req.into_parts();
         let (observed, body) = observe::request(handles, rule, body);
         let rsp = match self.inner.send(Request::from_parts(parts, body)).await {
-            Ok(rsp) => Ok(rsp),
-            Err(error) => {
-                let error = error
-                    .context(format!("server: {}", self.conn.target))
-                    .context(format!("client {}", self.conn.client));
-                // Metrics count what the client sees of a dead application: an answer.
-                if is_endpoint_level(error.cause(), asked) {
-                    let code = self.failed(&error);
-                    let mut rsp = rescue.response(&error, asked);
-                    rsp.extensions_mut().insert(code);
-                    Ok(rsp)
-                } else {
-                    Err(error)
-                }
+            // Metrics count what the client sees of a dead application: an answer.
+            Err(error) if is_endpoint_level(error.cause(), asked) => {
+                let error = self.conn.locate(error);
+                let code = self.failed(&error);
+                let mut rsp = rescue.response(&error, asked);
+                rsp.extensions_mut().insert(code);
+                Ok(rsp)
             }
+            answered => answered,
         };
         match rsp {
             Ok(mut rsp) => {
@@ -255,11 +217,53 @@ impl PolicyService {
                     let (guard, conn) = (self.guard.clone(), self.conn.clone());
                     rsp.extensions_mut().insert(Until::new(revoked(guard, conn, head)));
                 }
-                Ok(observed.response(rsp, asked.grpc.then_some(rescue)))
+                let rsp = observed.response(rsp, asked.grpc.then_some(rescue));
+                Ok(tap::response(tapped, rsp))
             }
             Err(error) => {
                 observed.failed(error.cause());
+                tap::failed(tapped, error.cause());
                 Err(error)
+            }
+        }
+    }
+
+    /// The route of a request, and who lets its client use it.
+    fn permit<'a>(&self, resolved: &'a Resolved, req: &Request<Body>) -> Result<Permit<'a>, Error> {
+        let policy = &resolved.prepared.policy;
+        let routes = match policy::http(policy) {
+            HttpRoutes::Routes(routes) => routes,
+            HttpRoutes::Invalid(reason) => {
+                // Nobody is authorized by a policy that was not understood.
+                self.guard.lines.denied(self.case(resolved, None));
+                return Err(Error::new(Cause::Unauthorized).context(format!("invalid policy: {reason}")));
+            }
+        };
+        let Some(matched) = best_match(candidates(routes), policy.precedence, req) else {
+            resolved.metrics.http_not_found().inc();
+            self.guard.lines.no_route(self.conn.client, &resolved.prepared, req.method(), req.uri().path());
+            return Err(Cause::NoRoute.into());
+        };
+        let (Some(route), Some(slot)) = (routes.get(matched.route), resolved.routes.get(matched.route)) else {
+            return Err(Cause::NoRoute.into());
+        };
+        match slot.get_or_init(|| self.decide(resolved, route)) {
+            Decision::Allow { allowed, handles, audit, authz } => {
+                self.permit_readings(resolved, routes, req)?;
+                allowed.inc();
+                if *audit {
+                    self.guard.lines.audited(self.case(resolved, Some(route)));
+                }
+                let handles = match self.guard.authority_labels {
+                    true => self.labelled(resolved, route, *authz, handles, req),
+                    false => handles.clone(),
+                };
+                Ok(Permit { route, matched, authz: *authz, handles })
+            }
+            Decision::Deny { denied } => {
+                denied.inc();
+                self.guard.lines.denied(self.case(resolved, Some(route)));
+                Err(Cause::Unauthorized.into())
             }
         }
     }
@@ -284,6 +288,12 @@ impl PolicyService {
             }
         }
         Ok(())
+    }
+
+    /// The name of which a request may have a ServiceProfile.
+    fn profiled<'a>(&self, req: &'a Request<Body>) -> Option<&'a str> {
+        let looked_up = self.conn.kind == Kind::App && !self.guard.profiles.is_off();
+        logical(req).filter(|_| looked_up)
     }
 
     /// The profile of the name that a request is for. Clients ask one connection for one name after the other rather
@@ -378,6 +388,17 @@ impl PolicyService {
         }
     }
 
+    /// What is known of a request that a route let through, for those who tap.
+    fn about(&self, resolved: &Resolved, route: &Route, authz: usize) -> About {
+        let about = About::inbound(self.conn.client, &self.conn.tls, self.conn.target)
+            .caused_by("srv", &resolved.prepared.policy.meta)
+            .caused_by("route", &route.meta);
+        match route.authorizations.get(authz) {
+            Some(authz) => about.caused_by("authz", &authz.meta),
+            None => about,
+        }
+    }
+
     fn endpoint(
         &self,
         resolved: &Resolved,
@@ -428,6 +449,16 @@ impl PolicyService {
 }
 
 impl Resolved {
+    /// Takes what a request takes of the rate limits.
+    fn limit(&self) -> Result<(), Error> {
+        let (Some(limits), Some(share)) = (&self.prepared.limits, &self.share) else { return Ok(()) };
+        limits.check(share).inspect_err(|error| {
+            if let Cause::RateLimited { scope, .. } = error.cause() {
+                self.metrics.rate_limited(limits.policy().meta.as_ref(), *scope).inc();
+            }
+        })
+    }
+
     fn new(guard: &Guard, conn: &Connection, prepared: Arc<Prepared>) -> Self {
         let metrics = guard.telemetry.inbound_server(ServerLabels {
             target: conn.target,
@@ -446,6 +477,18 @@ impl Resolved {
             prepared,
         }
     }
+}
+
+/// The head of a request that may open a tunnel, to be judged again.
+fn upgrade_head(req: &Request<Body>) -> Option<Request<()>> {
+    if req.method() != Method::CONNECT && !normalize::is_upgrade(req) {
+        return None;
+    }
+    let mut head = Request::new(());
+    *head.method_mut() = req.method().clone();
+    *head.uri_mut() = req.uri().clone();
+    *head.headers_mut() = req.headers().clone();
+    Some(head)
 }
 
 /// Ends when a tunnel that a request opened would not be opened any more.

@@ -8,6 +8,7 @@ use crate::{
         Source,
         client::{Profile, RequestCondition},
     },
+    tap,
     telemetry::{Direction, ProfileRouteLabels, ProfileRouteMetrics, Telemetry},
 };
 use ::http::Request;
@@ -46,10 +47,20 @@ pub(super) struct Name {
 }
 
 /// A profile's route, ready for use.
-pub(super) struct Route {
+struct Route {
     condition: RequestCondition,
-    rule: Option<Rule>,
-    metrics: Arc<ProfileRouteMetrics>,
+    taken: Taken,
+}
+
+/// What a profile's route says of the requests on it.
+#[derive(Clone)]
+pub(super) struct Taken {
+    /// How responses are judged, if it says.
+    pub(super) rule: Option<Rule>,
+    /// Where they are counted.
+    pub(super) metrics: Arc<ProfileRouteMetrics>,
+    /// What those who tap are told of it.
+    pub(super) labels: tap::Route,
 }
 
 impl Profiles {
@@ -120,23 +131,25 @@ impl Drop for Name {
 }
 
 impl Name {
-    /// Metrics and, where the route says how, the rule for a request; none if no route takes it.
-    pub(super) fn route<B>(&self, req: &Request<B>) -> Option<(Arc<ProfileRouteMetrics>, Option<Rule>)> {
+    /// The route of a request; none if no route takes it.
+    pub(super) fn route<B>(&self, req: &Request<B>) -> Option<Taken> {
         let routes = self.routes.load();
-        let route = routes.as_ref()?.iter().find(|route| holds(&route.condition, req))?;
-        Some((route.metrics.clone(), route.rule.clone()))
+        routes.as_ref()?.iter().find(|route| holds(&route.condition, req)).map(|route| route.taken.clone())
     }
 }
 
 fn prepare(profile: &Profile, telemetry: &Telemetry) -> Vec<Route> {
     let routes = profile.routes.iter().map(|route| Route {
         condition: route.condition.clone(),
-        rule: (!route.classes.is_empty()).then(|| Rule::Profile(route.classes.clone().into())),
-        metrics: telemetry.profile_route(ProfileRouteLabels {
-            direction: Direction::Inbound,
-            dst: profile.addr.clone(),
-            labels: route.labels.iter().map(|(key, value)| (key.clone(), value.clone())).collect(),
-        }),
+        taken: Taken {
+            rule: (!route.classes.is_empty()).then(|| Rule::Profile(route.classes.clone().into())),
+            metrics: telemetry.profile_route(ProfileRouteLabels {
+                direction: Direction::Inbound,
+                dst: profile.addr.clone(),
+                labels: route.labels.iter().map(|(key, value)| (key.clone(), value.clone())).collect(),
+            }),
+            labels: tap::Route(Arc::new(route.labels.clone())),
+        },
     });
     routes.collect()
 }

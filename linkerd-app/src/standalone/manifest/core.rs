@@ -5,14 +5,15 @@ use super::{
         annotations::{Ports, Tuning, WEIGHT, is_port_name, weight},
         report::{At, Severity},
     },
-    Head, Kind, typed,
+    Head, Kind,
+    typed::typed,
 };
 use serde::Deserialize;
 use serde_json::Value;
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 /// A Service (resources.md 2.1).
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(in super::super) struct Service {
     pub(in super::super) head: Head,
     pub(in super::super) kind: ServiceKind,
@@ -23,6 +24,8 @@ pub(in super::super) struct Service {
     pub(in super::super) client_ip_affinity: bool,
     pub(in super::super) publish_not_ready: bool,
     pub(in super::super) tuning: Tuning,
+    /// Of a mirror that a Link makes behind a gateway: cluster and name of the Service there.
+    pub(in super::super) behind: Option<(Arc<str>, Arc<str>)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,7 +101,7 @@ pub(in super::super) struct Slice {
 }
 
 /// Endpoints, the older form: groups of addresses with ports.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(in super::super) struct Endpoints {
     pub(in super::super) head: Head,
     pub(in super::super) subsets: Vec<(Vec<SlicePort>, Vec<Address>)>,
@@ -254,7 +257,7 @@ pub(super) fn service(value: &Value, head: Head, at: &mut At<'_>) -> Option<Serv
                 format!("{other:?} is no Service type"),
                 "Write ClusterIP, NodePort, LoadBalancer or ExternalName",
             );
-            return None;
+            ServiceKind::External
         }
     };
     Some(Service {
@@ -266,13 +269,14 @@ pub(super) fn service(value: &Value, head: Head, at: &mut At<'_>) -> Option<Serv
         client_ip_affinity: raw.session_affinity == "ClientIP",
         publish_not_ready: raw.publish_not_ready_addresses,
         tuning,
+        behind: None,
     })
 }
 
 fn service_ports(raw: Vec<RawServicePort>, at: &mut At<'_>) -> Vec<ServicePort> {
     let mut ports: Vec<ServicePort> = Vec::new();
     if raw.len() > MAX_PORTS {
-        at.error(format!("{} ports are more than {MAX_PORTS}", raw.len()), "");
+        at.error(format!("{} ports are more than {MAX_PORTS}", raw.len()), "Split the Service");
         return ports;
     }
     let several = raw.len() > 1;
@@ -361,7 +365,9 @@ fn slice_ports(raw: Vec<RawSlicePort>, at: &mut At<'_>) -> Vec<SlicePort> {
         match p.port {
             _ if !matches!(p.protocol.as_str(), "" | "TCP") => {}
             Some(PortRef::Number(port)) => ports.push(SlicePort { name: p.name, port }),
-            Some(PortRef::Name(name)) => at.item(i).field("port").error(format!("{name:?} is no port number"), ""),
+            Some(PortRef::Name(name)) => {
+                at.item(i).field("port").error(format!("{name:?} is no port number"), "Write 1 to 65535")
+            }
             // "All ports" in the API; nobody can join it with a Service port.
             None => {}
         }
@@ -390,17 +396,18 @@ pub(super) fn slice(value: &Value, head: Head, at: &mut At<'_>) -> Option<Slice>
     }
     weight_annotation(&head, &mut at.field("metadata"));
     let mut slice = Slice { service, ports: Vec::new(), addresses: Vec::new(), head };
-    match address_type.as_str() {
-        "IPv4" | "IPv6" => {}
+    let is_of_type = match address_type.as_str() {
+        "IPv4" => IpAddr::is_ipv4,
+        "IPv6" => IpAddr::is_ipv6,
         "FQDN" => {
             at.field("addressType").warn("slices of names are left alone", "Use addresses");
             return Some(slice);
         }
         other => {
             at.field("addressType").error(format!("{other:?} is no address type"), "Write IPv4 or IPv6");
-            return None;
+            |_: &IpAddr| true
         }
-    }
+    };
     let raw_ports: Vec<RawSlicePort> = list(value, "ports", at)?;
     slice.ports = slice_ports(raw_ports, &mut at.field("ports"));
     let raw: Vec<RawEndpoint> = list(value, "endpoints", at)?;
@@ -416,9 +423,10 @@ pub(super) fn slice(value: &Value, head: Head, at: &mut At<'_>) -> Option<Slice>
             continue;
         };
         let ip = match text.parse::<IpAddr>() {
-            Ok(ip) if ip.is_ipv4() == (address_type == "IPv4") => ip,
+            Ok(ip) if is_of_type(&ip) => ip,
             _ => {
-                at.field("addresses[0]").error(format!("{text:?} is no {address_type} address"), "");
+                at.field("addresses[0]")
+                    .error(format!("{text:?} is no {address_type} address"), "Slices have addresses of one family");
                 continue;
             }
         };
@@ -474,7 +482,9 @@ pub(super) fn endpoints(value: &Value, head: Head, at: &mut At<'_>) -> Option<En
             let mut at = at.field(field);
             for (j, a) in list.into_iter().enumerate() {
                 let Ok(ip) = a.ip.parse() else {
-                    at.item(j).field("ip").error(format!("{:?} is no IP address", a.ip), "");
+                    at.item(j)
+                        .field("ip")
+                        .error(format!("{:?} is no IP address", a.ip), "Write one like 10.1.0.7 or fd00::7");
                     continue;
                 };
                 addresses.push(Address {
@@ -573,7 +583,9 @@ pub(super) fn pod(value: &Value, head: Head, at: &mut At<'_>) -> Option<Pod> {
         match text.parse::<IpAddr>() {
             Ok(ip) if ips.contains(&ip) => {}
             Ok(ip) => ips.push(ip),
-            Err(_) => at_status.field("podIPs").error(format!("{text:?} is no IP address"), ""),
+            Err(_) => at_status
+                .field("podIPs")
+                .error(format!("{text:?} is no IP address"), "Write one like 10.1.0.7 or fd00::7"),
         }
     }
     let finished = matches!(status.phase.as_str(), "Succeeded" | "Failed")

@@ -3,24 +3,28 @@
 //! durations are durations. What one object alone cannot know (whether a Service it names exists) is not checked here.
 
 mod core;
+mod link;
 mod policy;
 mod route;
+mod typed;
 
 pub(super) use self::{
     core::{Address, Endpoints, Owner, Pod, PortRef, Service, ServiceKind, ServicePort, Slice, SlicePort, Workload},
+    link::{Gateway, Link, Probe},
     policy::{
         AuthorizationPolicy, AuthorizationTarget, BackendTls, BackendTraffic, Egress, ExternalWorkload, Identities,
-        MeshTls, NetworkAuth, Principal, Profile, ProxyProtocol, RateLimit, RateLimitTarget, Requirement, Server,
-        ServerAuthorization, ServerRef, Subjects, default_policy,
+        MeshTls, NetworkAuth, Principal, Profile, ProxyProtocol, RateLimit, RateLimitTarget, Requirement, Selector,
+        Server, ServerAuthorization, ServerRef, Subjects, default_policy,
     },
-    route::{BackendKind, BackendRef, FilterSpec, ParentKind, Route, RouteKind, Rule, SessionSpec},
+    route::{BackendKind, BackendRef, FilterSpec, ParentKind, ParentRef, Route, RouteKind, Rule, SessionSpec},
 };
 
+use self::typed::typed;
 use super::{
     annotations::Pairs,
     report::{At, Issue},
 };
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::Deserialize;
 use serde_json::Value;
 use std::{fmt, sync::Arc};
 
@@ -87,8 +91,10 @@ const KINDS: &[(Kind, &str, &str, &[&str], bool)] = &[
     (Kind::TlsRoute, GATEWAY, "TLSRoute", &["v1", "v1alpha3", "v1alpha2"], true),
     (Kind::TcpRoute, GATEWAY, "TCPRoute", &["v1", "v1alpha2"], true),
     (Kind::ReferenceGrant, GATEWAY, "ReferenceGrant", &["v1", "v1beta1"], true),
-    (Kind::BackendTlsPolicy, GATEWAY, "BackendTLSPolicy", &["v1", "v1alpha3"], true),
+    (Kind::BackendTlsPolicy, GATEWAY, "BackendTLSPolicy", &["v1", "v1alpha3", "v1alpha2"], true),
     (Kind::BackendTrafficPolicy, "gateway.networking.x-k8s.io", "XBackendTrafficPolicy", &["v1alpha1"], true),
+    // What became XBackendTrafficPolicy was called so in Gateway API 1.1 and 1.2.
+    (Kind::BackendTrafficPolicy, GATEWAY, "BackendLBPolicy", &["v1alpha2"], true),
     (Kind::Server, POLICY, "Server", &["v1beta3", "v1beta2", "v1beta1", "v1alpha1"], true),
     (Kind::ServerAuthorization, POLICY, "ServerAuthorization", &["v1beta1", "v1alpha1"], true),
     (Kind::AuthorizationPolicy, POLICY, "AuthorizationPolicy", &["v1alpha1"], true),
@@ -108,6 +114,11 @@ pub(super) const GATEWAY: &str = "gateway.networking.k8s.io";
 pub(super) const POLICY: &str = "policy.linkerd.io";
 
 impl Kind {
+    /// Every kind.
+    pub(super) fn all() -> impl Iterator<Item = Self> {
+        KINDS.iter().map(|k| k.0)
+    }
+
     /// The kind as manifests write it.
     pub(super) fn name(self) -> &'static str {
         KINDS.iter().find(|k| k.0 == self).map_or("", |k| k.2)
@@ -197,6 +208,7 @@ pub(super) enum Object {
     Profile(Profile),
     BackendTls(BackendTls),
     BackendTraffic(BackendTraffic),
+    Link(Link),
 }
 
 impl Object {
@@ -221,6 +233,7 @@ impl Object {
             Self::Profile(o) => &o.head,
             Self::BackendTls(o) => &o.head,
             Self::BackendTraffic(o) => &o.head,
+            Self::Link(o) => &o.head,
         }
     }
 }
@@ -295,7 +308,7 @@ fn read_one(value: &Value, api_version: &str, kind_name: &str, cluster: &Arc<str
         core::pod_annotations(&head, &mut at.field("metadata"));
     }
     let object = match kind {
-        Kind::Namespace | Kind::Node | Kind::ServiceAccount | Kind::Secret | Kind::ReferenceGrant | Kind::Link => {
+        Kind::Namespace | Kind::Node | Kind::ServiceAccount | Kind::Secret | Kind::ReferenceGrant => {
             Some(Object::Plain(head))
         }
         Kind::ConfigMap => {
@@ -327,30 +340,9 @@ fn read_one(value: &Value, api_version: &str, kind_name: &str, cluster: &Arc<str
         Kind::EgressNetwork => policy::egress(value, head, &mut at).map(Object::Egress),
         Kind::ExternalWorkload => policy::external_workload(value, head, &mut at).map(Object::ExternalWorkload),
         Kind::ServiceProfile => policy::profile(value, head, &mut at).map(Object::Profile),
+        Kind::Link => link::link(value, head, &mut at).map(Object::Link),
     };
     Read { object: object.map(|o| (key, Arc::new(o))), label, issues }
-}
-
-/// Reads a part of a document into a type; a mistake is told with its path below `at`.
-fn typed<T: DeserializeOwned>(value: &Value, field: &str, at: &mut At<'_>) -> Option<T> {
-    const EMPTY: &Value = &Value::Null;
-    let part = value.get(field).unwrap_or(EMPTY);
-    let empty = Value::Object(serde_json::Map::new());
-    let part = if part.is_null() { &empty } else { part };
-    match serde_path_to_error::deserialize(part) {
-        Ok(t) => Some(t),
-        Err(error) => {
-            let path = error.path().to_string();
-            let mut at = at.field(field);
-            let why = error.into_inner().to_string();
-            let why = why.split(" at line ").next().unwrap_or_default().to_string();
-            match path.as_str() {
-                "." | "?" | "" => at.error(why, ""),
-                path => at.field(path).error(why, ""),
-            }
-            None
-        }
-    }
 }
 
 #[derive(Deserialize)]
@@ -375,7 +367,6 @@ fn head(value: &Value, namespaced: bool, at: &mut At<'_>) -> Option<Head> {
     if !is_name(&raw.name) {
         let why = if raw.name.is_empty() { "missing".to_string() } else { format!("{:?} is no object name", raw.name) };
         at.field("name").error(why, "Names are at most 253 of lower-case letters, digits, '-' and '.'");
-        return None;
     }
     let namespace = match (namespaced, raw.namespace.as_str()) {
         (false, _) => "",
@@ -387,7 +378,6 @@ fn head(value: &Value, namespaced: bool, at: &mut At<'_>) -> Option<Head> {
             format!("{namespace:?} is no namespace name"),
             "Namespaces are at most 63 of lower-case letters, digits and '-'",
         );
-        return None;
     }
     let created = raw.creation_timestamp.filter(|t| {
         let ok = is_timestamp(t);
@@ -449,6 +439,9 @@ pub(super) mod tests {
             .map(|i| i.field.as_str())
             .collect();
         assert_eq!(seen, issues, "{:#?}", read.issues);
+        let remedied =
+            |issue: &Issue| issue.severity == super::super::report::Severity::Note || !issue.remedy.is_empty();
+        assert!(read.issues.iter().all(remedied), "{:#?}", read.issues);
         read.object.map(|o| o.1)
     }
 

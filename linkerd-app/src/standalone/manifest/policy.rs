@@ -9,7 +9,7 @@ use super::{
     Head, Kind, POLICY, PortRef,
     core::{RawCondition, is_ready, pod_annotations, weight_annotation},
     route::{RawSession, SessionSpec, session},
-    typed,
+    typed::typed,
 };
 use crate::{
     config::DefaultPolicy,
@@ -247,7 +247,7 @@ pub(in super::super) fn default_policy(text: &str) -> Option<DefaultPolicy> {
 
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "camelCase", default)]
-struct RawSelector {
+pub(super) struct RawSelector {
     match_labels: Pairs,
     match_expressions: Vec<RawExpression>,
 }
@@ -260,7 +260,7 @@ struct RawExpression {
     values: Vec<Arc<str>>,
 }
 
-fn selector(raw: RawSelector, at: &mut At<'_>) -> Selector {
+pub(super) fn selector(raw: RawSelector, at: &mut At<'_>) -> Selector {
     let mut expressions = Vec::new();
     for (i, e) in raw.match_expressions.into_iter().enumerate() {
         let mut at = at.field("matchExpressions");
@@ -271,7 +271,8 @@ fn selector(raw: RawSelector, at: &mut At<'_>) -> Selector {
             ("Exists", true) => Operator::Exists,
             ("DoesNotExist", true) => Operator::DoesNotExist,
             ("In" | "NotIn" | "Exists" | "DoesNotExist", _) => {
-                at.field("values").error("In and NotIn need values, Exists and DoesNotExist take none", "");
+                at.field("values")
+                    .error("In and NotIn need values, Exists and DoesNotExist take none", "Add or remove values");
                 continue;
             }
             (other, _) => {
@@ -299,43 +300,40 @@ pub(super) fn server(value: &Value, head: Head, at: &mut At<'_>) -> Option<Serve
     let raw: RawServer = typed(value, "spec", at)?;
     let mut at = at.field("spec");
     let subjects = match (raw.pod_selector, raw.external_workload_selector) {
-        (Some(s), None) => Subjects::Pods(selector(s, &mut at.field("podSelector"))),
-        (None, Some(s)) => Subjects::Workloads(selector(s, &mut at.field("externalWorkloadSelector"))),
+        (Some(s), None) => Some(Subjects::Pods(selector(s, &mut at.field("podSelector")))),
+        (None, Some(s)) => Some(Subjects::Workloads(selector(s, &mut at.field("externalWorkloadSelector")))),
         _ => {
             at.error(
                 "exactly one of podSelector and externalWorkloadSelector must be given",
                 "An empty selector {} takes everything",
             );
-            return None;
+            None
         }
     };
     let protocol = match raw.proxy_protocol.as_deref().unwrap_or("unknown") {
-        "unknown" => ProxyProtocol::Unknown,
-        "HTTP/1" => ProxyProtocol::Http1,
-        "HTTP/2" => ProxyProtocol::Http2,
-        "gRPC" => ProxyProtocol::Grpc,
-        "opaque" => ProxyProtocol::Opaque,
-        "TLS" => ProxyProtocol::Tls,
+        "unknown" => Some(ProxyProtocol::Unknown),
+        "HTTP/1" => Some(ProxyProtocol::Http1),
+        "HTTP/2" => Some(ProxyProtocol::Http2),
+        "gRPC" => Some(ProxyProtocol::Grpc),
+        "opaque" => Some(ProxyProtocol::Opaque),
+        "TLS" => Some(ProxyProtocol::Tls),
         other => {
             at.field("proxyProtocol")
                 .error(format!("{other:?} is no protocol"), "Write unknown, HTTP/1, HTTP/2, gRPC, opaque or TLS");
-            return None;
+            None
         }
     };
-    let access = match raw.access_policy.as_deref() {
-        None => DefaultPolicy::Deny,
-        Some(text) => match default_policy(text) {
-            Some(policy) => policy,
-            None => {
-                at.field("accessPolicy").error(
-                    format!("{text:?} is no policy"),
-                    "Write all-unauthenticated, all-authenticated, cluster-unauthenticated, cluster-authenticated, deny or audit",
-                );
-                return None;
-            }
-        },
-    };
-    Some(Server { head, subjects, port: raw.port, protocol, access })
+    let access = raw.access_policy.as_deref().map_or(Some(DefaultPolicy::Deny), |text| {
+        let access = default_policy(text);
+        if access.is_none() {
+            at.field("accessPolicy").error(
+                format!("{text:?} is no policy"),
+                "Write all-unauthenticated, all-authenticated, cluster-unauthenticated, cluster-authenticated, deny or audit",
+            );
+        }
+        access
+    });
+    Some(Server { head, subjects: subjects?, port: raw.port, protocol: protocol?, access: access? })
 }
 
 #[derive(Deserialize)]
@@ -436,48 +434,52 @@ pub(super) fn server_authorization(value: &Value, head: Head, at: &mut At<'_>) -
     let raw: RawServerAuthorization = typed(value, "spec", at)?;
     let mut at = at.field("spec");
     let server = match (raw.server.name, raw.server.selector) {
-        (Some(name), None) => ServerRef::Name(name),
-        (None, Some(s)) => ServerRef::Selector(selector(s, &mut at.field("server.selector"))),
+        (Some(name), None) => Some(ServerRef::Name(name)),
+        (None, Some(s)) => Some(ServerRef::Selector(selector(s, &mut at.field("server.selector")))),
         _ => {
-            at.field("server").error("exactly one of name and selector must be given", "");
-            return None;
+            at.field("server").error("exactly one of name and selector must be given", "Keep the one that is meant");
+            None
         }
     };
     let mut at = at.field("client");
     let networks = raw.client.networks.map(|n| networks(n, &mut at.field("networks")));
     let client = match (raw.client.unauthenticated, raw.client.mesh_tls) {
         (true, None) => Principal::Anybody,
-        (false, Some(tls)) => {
-            let mut at = at.field("meshTLS");
-            if tls.unauthenticated_tls && (tls.identities.is_some() || tls.service_accounts.is_some()) {
-                at.error("unauthenticatedTLS excludes identities and serviceAccounts", "Remove one of them");
-                return None;
-            }
-            if tls.unauthenticated_tls {
-                Principal::AnyTls
-            } else {
-                let mut ids = Identities::default();
-                for (i, text) in tls.identities.iter().flatten().enumerate() {
-                    identity(text, &mut ids, &mut at.field("identities").item(i));
-                }
-                for a in tls.service_accounts.into_iter().flatten() {
-                    ids.accounts.push((a.namespace.unwrap_or_else(|| head.namespace.clone()), a.name));
-                }
-                if ids == Identities::default() {
-                    at.error(
-                        "no identities and no serviceAccounts: nobody would be let in",
-                        "Name some, or set unauthenticatedTLS: true",
-                    );
-                }
-                Principal::Identities(ids)
-            }
-        }
+        (false, Some(tls)) => principal(tls, &head, &mut at.field("meshTLS")),
         _ => {
-            at.error("exactly one of unauthenticated: true and meshTLS must be given", "");
+            at.error(
+                "exactly one of unauthenticated: true and meshTLS must be given",
+                "Say whether clients need an identity",
+            );
             return None;
         }
     };
-    Some(ServerAuthorization { head, server, networks, client })
+    Some(ServerAuthorization { head, server: server?, networks, client })
+}
+
+fn principal(raw: RawMeshTls, head: &Head, at: &mut At<'_>) -> Principal {
+    let named = raw.identities.is_some() || raw.service_accounts.is_some();
+    if raw.unauthenticated_tls {
+        if named {
+            at.error("unauthenticatedTLS excludes identities and serviceAccounts", "Remove one of them");
+        }
+        return Principal::AnyTls;
+    }
+    let listed = raw.identities.iter().flatten().count() + raw.service_accounts.iter().flatten().count();
+    if listed == 0 {
+        at.error(
+            "no identities and no serviceAccounts: nobody would be let in",
+            "Name some, or set unauthenticatedTLS: true",
+        );
+    }
+    let mut ids = Identities::default();
+    for (i, text) in raw.identities.iter().flatten().enumerate() {
+        identity(text, &mut ids, &mut at.field("identities").item(i));
+    }
+    for a in raw.service_accounts.into_iter().flatten() {
+        ids.accounts.push((a.namespace.unwrap_or_else(|| head.namespace.clone()), a.name));
+    }
+    Principal::Identities(ids)
 }
 
 #[derive(Deserialize)]
@@ -500,34 +502,7 @@ struct RawAuthorizationPolicy {
 pub(super) fn authorization_policy(value: &Value, head: Head, at: &mut At<'_>) -> Option<AuthorizationPolicy> {
     let raw: RawAuthorizationPolicy = typed(value, "spec", at)?;
     let mut at = at.field("spec");
-    let t = raw.target_ref;
-    if t.namespace.as_ref().is_some_and(|ns| *ns != head.namespace) {
-        at.field("targetRef.namespace").error("a policy targets its own namespace alone", "Move the policy");
-        return None;
-    }
-    let target = match (t.group.as_str(), t.kind.as_str()) {
-        (POLICY, "Server") => AuthorizationTarget::Server(t.name),
-        ("" | "core", "Namespace") => {
-            if t.name != head.namespace {
-                at.field("targetRef.name").error(
-                    format!("the policy's namespace is {}, not {}", head.namespace, t.name),
-                    "A policy can target only its own namespace",
-                );
-                return None;
-            }
-            AuthorizationTarget::Namespace
-        }
-        (POLICY, "HTTPRoute") => AuthorizationTarget::Route(Kind::LinkerdHttpRoute, t.name),
-        (super::GATEWAY, "HTTPRoute") => AuthorizationTarget::Route(Kind::HttpRoute, t.name),
-        (super::GATEWAY, "GRPCRoute") => AuthorizationTarget::Route(Kind::GrpcRoute, t.name),
-        (group, kind) => {
-            at.field("targetRef.kind").error(
-                format!("{group}/{kind} can't be a target"),
-                "Target a Server, Namespace, HTTPRoute or GRPCRoute, with its API group",
-            );
-            return None;
-        }
-    };
+    let target = authorization_target(raw.target_ref, &head, &mut at.field("targetRef"));
     let mut requires = Vec::new();
     for (i, r) in raw.required_authentication_refs.into_iter().enumerate() {
         let mut at = at.field("requiredAuthenticationRefs");
@@ -543,7 +518,7 @@ pub(super) fn authorization_policy(value: &Value, head: Head, at: &mut At<'_>) -
                     format!("{group}/{kind} is no authentication"),
                     "Name a MeshTLSAuthentication, NetworkAuthentication or ServiceAccount, with its API group",
                 );
-                return None;
+                continue;
             }
         });
     }
@@ -554,7 +529,35 @@ pub(super) fn authorization_policy(value: &Value, head: Head, at: &mut At<'_>) -
             "At most one NetworkAuthentication, and one MeshTLSAuthentication or ServiceAccount; list alternatives inside them",
         );
     }
-    Some(AuthorizationPolicy { head, target, requires })
+    Some(AuthorizationPolicy { head, target: target?, requires })
+}
+
+fn authorization_target(raw: RawRef, head: &Head, at: &mut At<'_>) -> Option<AuthorizationTarget> {
+    if raw.namespace.as_ref().is_some_and(|ns| *ns != head.namespace) {
+        at.field("namespace").error("a policy targets its own namespace alone", "Move the policy");
+    }
+    match (raw.group.as_str(), raw.kind.as_str()) {
+        (POLICY, "Server") => Some(AuthorizationTarget::Server(raw.name)),
+        ("" | "core", "Namespace") => {
+            if raw.name != head.namespace {
+                at.field("name").error(
+                    format!("the policy's namespace is {}, not {}", head.namespace, raw.name),
+                    "A policy can target only its own namespace",
+                );
+            }
+            Some(AuthorizationTarget::Namespace)
+        }
+        (POLICY, "HTTPRoute") => Some(AuthorizationTarget::Route(Kind::LinkerdHttpRoute, raw.name)),
+        (super::GATEWAY, "HTTPRoute") => Some(AuthorizationTarget::Route(Kind::HttpRoute, raw.name)),
+        (super::GATEWAY, "GRPCRoute") => Some(AuthorizationTarget::Route(Kind::GrpcRoute, raw.name)),
+        (group, kind) => {
+            at.field("kind").error(
+                format!("{group}/{kind} can't be a target"),
+                "Target a Server, Namespace, HTTPRoute or GRPCRoute, with its API group",
+            );
+            None
+        }
+    }
 }
 
 #[derive(Deserialize, Default)]
@@ -568,31 +571,32 @@ pub(super) fn mesh_tls(value: &Value, head: Head, at: &mut At<'_>) -> Option<Mes
     let raw: RawMeshTlsAuthentication = typed(value, "spec", at)?;
     let mut at = at.field("spec");
     let mut identities = Identities::default();
-    match (raw.identities, raw.identity_refs) {
-        (Some(list), None) if !list.is_empty() => {
-            for (i, text) in list.iter().enumerate() {
-                identity(text, &mut identities, &mut at.field("identities").item(i));
-            }
+    if raw.identities.is_some() == raw.identity_refs.is_some() {
+        at.error("exactly one of identities and identityRefs must be given", "Keep the one that is meant");
+    }
+    for (field, empty) in [
+        ("identities", raw.identities.as_ref().is_some_and(Vec::is_empty)),
+        ("identityRefs", raw.identity_refs.as_ref().is_some_and(Vec::is_empty)),
+    ] {
+        if empty {
+            at.field(field).error("empty: nobody would be let in", "List at least one");
         }
-        (None, Some(list)) if !list.is_empty() => {
-            for (i, r) in list.into_iter().enumerate() {
-                let mut at = at.field("identityRefs");
-                let mut at = at.item(i);
-                match (r.group.as_str(), r.kind.as_str()) {
-                    ("" | "core", "ServiceAccount") => {
-                        identities.accounts.push((r.namespace.unwrap_or_else(|| head.namespace.clone()), r.name));
-                    }
-                    ("" | "core", "Namespace") => identities.namespaces.push(r.name),
-                    (group, kind) => {
-                        at.field("kind")
-                            .error(format!("{group}/{kind} has no identity"), "Name a ServiceAccount or a Namespace");
-                    }
-                }
+    }
+    for (i, text) in raw.identities.iter().flatten().enumerate() {
+        identity(text, &mut identities, &mut at.field("identities").item(i));
+    }
+    for (i, r) in raw.identity_refs.into_iter().flatten().enumerate() {
+        let mut at = at.field("identityRefs");
+        let mut at = at.item(i);
+        match (r.group.as_str(), r.kind.as_str()) {
+            ("" | "core", "ServiceAccount") => {
+                identities.accounts.push((r.namespace.unwrap_or_else(|| head.namespace.clone()), r.name));
             }
-        }
-        _ => {
-            at.error("exactly one of identities and identityRefs must be given, and not empty", "");
-            return None;
+            ("" | "core", "Namespace") => identities.namespaces.push(r.name),
+            (group, kind) => {
+                at.field("kind")
+                    .error(format!("{group}/{kind} has no identity"), "Name a ServiceAccount or a Namespace");
+            }
         }
     }
     Some(MeshTls { head, identities })
@@ -641,13 +645,13 @@ pub(super) fn rate_limit(value: &Value, head: Head, at: &mut At<'_>) -> Option<R
     let mut at = at.field("spec");
     let t = raw.target_ref;
     let target = match (t.group.as_str(), t.kind.as_str()) {
-        (POLICY, "Server") => RateLimitTarget::Server(t.name),
-        ("" | "core", "Service") => RateLimitTarget::Service(t.name),
-        (POLICY, "EgressNetwork") => RateLimitTarget::Egress(t.name),
+        (POLICY, "Server") => Some(RateLimitTarget::Server(t.name)),
+        ("" | "core", "Service") => Some(RateLimitTarget::Service(t.name)),
+        (POLICY, "EgressNetwork") => Some(RateLimitTarget::Egress(t.name)),
         (group, kind) => {
             at.field("targetRef.kind")
                 .error(format!("{group}/{kind} can't be limited"), "Target a Server, a Service or an EgressNetwork");
-            return None;
+            None
         }
     };
     let total = raw.total.map(|r| r.requests_per_second);
@@ -666,7 +670,7 @@ pub(super) fn rate_limit(value: &Value, head: Head, at: &mut At<'_>) -> Option<R
         check(Some(o.requests_per_second), format!("overrides[{i}].requestsPerSecond"));
     }
     if total.is_none() && identity.is_none() && raw.overrides.is_empty() {
-        at.warn("neither total, identity nor overrides: nothing is limited", "");
+        at.warn("neither total, identity nor overrides: nothing is limited", "Give at least one of them");
     }
     let overrides = raw
         .overrides
@@ -685,7 +689,7 @@ pub(super) fn rate_limit(value: &Value, head: Head, at: &mut At<'_>) -> Option<R
             (o.requests_per_second, accounts)
         })
         .collect();
-    Some(RateLimit { head, target, total, identity, overrides })
+    Some(RateLimit { head, target: target?, total, identity, overrides })
 }
 
 #[derive(Deserialize)]
@@ -704,7 +708,7 @@ pub(super) fn egress(value: &Value, head: Head, at: &mut At<'_>) -> Option<Egres
         "Deny" => false,
         other => {
             at.field("trafficPolicy").error(format!("{other:?} is no policy"), "Write Allow or Deny");
-            return None;
+            false
         }
     };
     if raw.networks.as_ref().is_some_and(Vec::is_empty) {
@@ -758,15 +762,18 @@ pub(super) fn external_workload(value: &Value, head: Head, at: &mut At<'_>) -> O
     pod_annotations(&head, &mut at.field("metadata"));
     let mut at = at.field("spec");
     let tls = raw.mesh_tls;
-    let identity = tls.identity.parse::<Id>().map_err(|e| e.to_string());
+    let identity = tls.identity.parse::<Id>().map_err(|e| format!("{e}; write the name in its certificate"));
     let identity = at.field("meshTLS.identity").take(identity);
-    let server_name = tls.server_name.parse::<ServerName>().map_err(|e| e.to_string());
+    let server_name = tls.server_name.parse::<ServerName>().map_err(|e| format!("{e}; write its DNS name"));
     let server_name = at.field("meshTLS.serverName").take(server_name);
     let mut ips = Vec::new();
     for (i, ip) in raw.workload_ips.iter().enumerate() {
         match ip.ip.parse() {
             Ok(ip) => ips.push(ip),
-            Err(_) => at.field("workloadIPs").item(i).error(format!("{:?} is no IP address", ip.ip), ""),
+            Err(_) => at
+                .field("workloadIPs")
+                .item(i)
+                .error(format!("{:?} is no IP address", ip.ip), "Write one like 10.1.0.7"),
         }
     }
     if ips.len() > 2 {
@@ -926,29 +933,30 @@ fn quantity(value: &Value) -> Result<u32, String> {
 fn request_condition(raw: RawRequestCondition, at: &mut At<'_>) -> Option<RequestCondition> {
     let mut parts = Vec::new();
     if let Some(text) = raw.path_regex {
-        let regex =
-            regex::Regex::new(&format!("^(?:{text})$")).map_err(|_| format!("{text:?} is no regular expression"));
-        parts.push(RequestCondition::Path(at.field("pathRegex").take(regex)?));
+        let regex = regex::Regex::new(&format!("^(?:{text})$"))
+            .map_err(|_| format!("{text:?} is no regular expression; write one of RE2"));
+        parts.push(at.field("pathRegex").take(regex).map(RequestCondition::Path));
     }
     if let Some(text) = raw.method {
         let method = http::Method::from_bytes(text.to_ascii_uppercase().as_bytes())
-            .map_err(|_| format!("{text:?} is no method"));
-        parts.push(RequestCondition::Method(at.field("method").take(method)?));
+            .map_err(|_| format!("{text:?} is no method; write one like GET"));
+        parts.push(at.field("method").take(method).map(RequestCondition::Method));
     }
     for (field, list, all) in [("all", raw.all, true), ("any", raw.any, false)] {
         let Some(list) = list else { continue };
         let mut at = at.field(field);
-        let list: Option<Vec<_>> =
-            list.into_iter().enumerate().map(|(i, c)| request_condition(c, &mut at.item(i))).collect();
-        parts.push(if all { RequestCondition::All(list?) } else { RequestCondition::Any(list?) });
+        let list: Vec<_> = list.into_iter().enumerate().map(|(i, c)| request_condition(c, &mut at.item(i))).collect();
+        let list: Option<Vec<_>> = list.into_iter().collect();
+        parts.push(if all { list.map(RequestCondition::All) } else { list.map(RequestCondition::Any) });
     }
     if let Some(not) = raw.not {
-        parts.push(RequestCondition::Not(Box::new(request_condition(*not, &mut at.field("not"))?)));
+        parts.push(request_condition(*not, &mut at.field("not")).map(|not| RequestCondition::Not(Box::new(not))));
     }
     if parts.is_empty() {
         at.error("empty", "Give pathRegex, method, all, any or not");
         return None;
     }
+    let mut parts: Vec<_> = parts.into_iter().collect::<Option<_>>()?;
     Some(if parts.len() == 1 { parts.remove(0) } else { RequestCondition::All(parts) })
 }
 
@@ -958,24 +966,24 @@ fn response_condition(raw: RawResponseCondition, at: &mut At<'_>) -> Option<Resp
         let (min, max) = (s.min.unwrap_or(100), s.max.unwrap_or(599));
         if min > max || !(100..=599).contains(&min) || !(100..=599).contains(&max) {
             at.field("status").error(format!("{min} to {max} is no range of statuses"), "Statuses are 100 to 599");
-            return None;
         }
-        parts.push(ResponseCondition::Status(min..=max));
+        parts.push(Some(ResponseCondition::Status(min..=max)));
     }
     for (field, list, all) in [("all", raw.all, true), ("any", raw.any, false)] {
         let Some(list) = list else { continue };
         let mut at = at.field(field);
-        let list: Option<Vec<_>> =
-            list.into_iter().enumerate().map(|(i, c)| response_condition(c, &mut at.item(i))).collect();
-        parts.push(if all { ResponseCondition::All(list?) } else { ResponseCondition::Any(list?) });
+        let list: Vec<_> = list.into_iter().enumerate().map(|(i, c)| response_condition(c, &mut at.item(i))).collect();
+        let list: Option<Vec<_>> = list.into_iter().collect();
+        parts.push(if all { list.map(ResponseCondition::All) } else { list.map(ResponseCondition::Any) });
     }
     if let Some(not) = raw.not {
-        parts.push(ResponseCondition::Not(Box::new(response_condition(*not, &mut at.field("not"))?)));
+        parts.push(response_condition(*not, &mut at.field("not")).map(|not| ResponseCondition::Not(Box::new(not))));
     }
     if parts.is_empty() {
         at.error("empty", "Give status, all, any or not");
         return None;
     }
+    let mut parts: Vec<_> = parts.into_iter().collect::<Option<_>>()?;
     Some(if parts.len() == 1 { parts.remove(0) } else { ResponseCondition::All(parts) })
 }
 
@@ -994,7 +1002,7 @@ const MAX_TARGETS: usize = 16;
 
 fn targets(raw: Vec<RawTargetRef>, at: &mut At<'_>) -> Vec<(Arc<str>, Option<Arc<str>>)> {
     if raw.is_empty() || raw.len() > MAX_TARGETS {
-        at.error(format!("{} targets, where 1 to {MAX_TARGETS} must be", raw.len()), "");
+        at.error(format!("{} targets", raw.len()), format!("List 1 to {MAX_TARGETS}"));
     }
     let mut out = Vec::new();
     for (i, t) in raw.into_iter().enumerate() {
@@ -1010,7 +1018,11 @@ fn targets(raw: Vec<RawTargetRef>, at: &mut At<'_>) -> Vec<(Arc<str>, Option<Arc
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RawBackendTls {
+    #[serde(default)]
     target_refs: Vec<RawTargetRef>,
+    /// v1alpha2, of Gateway API 1.0, had one target and other names for the same fields.
+    target_ref: Option<RawTargetRef>,
+    #[serde(alias = "tls")]
     validation: RawValidation,
 }
 
@@ -1018,9 +1030,9 @@ struct RawBackendTls {
 #[serde(rename_all = "camelCase")]
 struct RawValidation {
     hostname: String,
-    #[serde(default)]
+    #[serde(default, alias = "caCertRefs")]
     ca_certificate_refs: Vec<RawRef>,
-    #[serde(rename = "wellKnownCACertificates")]
+    #[serde(rename = "wellKnownCACertificates", alias = "wellKnownCACerts")]
     well_known: Option<String>,
     #[serde(default)]
     subject_alt_names: Vec<RawSubjectName>,
@@ -1035,19 +1047,26 @@ struct RawSubjectName {
 }
 
 pub(super) fn backend_tls(value: &Value, head: Head, at: &mut At<'_>) -> Option<BackendTls> {
-    let raw: RawBackendTls = typed(value, "spec", at)?;
+    let mut raw: RawBackendTls = typed(value, "spec", at)?;
     let mut at = at.field("spec");
+    raw.target_refs.extend(raw.target_ref);
     let targets = targets(raw.target_refs, &mut at.field("targetRefs"));
     let mut at = at.field("validation");
     if !is_host_name(&raw.validation.hostname) {
-        at.field("hostname").error(format!("{:?} is no host name", raw.validation.hostname), "");
+        at.field("hostname").error(
+            format!("{:?} is no host name", raw.validation.hostname),
+            "Write the name in the backend's certificate",
+        );
     }
     match (raw.validation.ca_certificate_refs.len(), raw.validation.well_known.as_deref()) {
         (0, Some("System")) | (1..=8, None) => {}
         (0, Some(other)) => {
             at.field("wellKnownCACertificates").error(format!("{other:?} is not known"), "Write System")
         }
-        _ => at.error("one of caCertificateRefs (at most 8) and wellKnownCACertificates must be given", ""),
+        _ => at.error(
+            "exactly one of caCertificateRefs (at most 8) and wellKnownCACertificates must be given",
+            "Name a ConfigMap with authorities, or write System",
+        ),
     }
     for (i, r) in raw.validation.ca_certificate_refs.iter().enumerate() {
         if r.kind != "ConfigMap" || !matches!(r.group.as_str(), "" | "core") {
@@ -1063,7 +1082,7 @@ pub(super) fn backend_tls(value: &Value, head: Head, at: &mut At<'_>) -> Option<
             ("URI", None, Some(uri)) => subject_names.push(SubjectName::Uri(uri)),
             _ => {
                 let mut at = at.field("subjectAltNames");
-                at.item(i).error("neither Hostname with a hostname nor URI with a uri", "");
+                at.item(i).error("neither Hostname with a hostname nor URI with a uri", "Give what the type names");
             }
         }
     }
@@ -1134,7 +1153,7 @@ pub(super) fn backend_traffic(value: &Value, head: Head, at: &mut At<'_>) -> Opt
             None => (10, Duration::from_secs(1)),
         };
         if percent > 100 {
-            at.field("budget.percent").error(format!("{percent} is more than 100"), "");
+            at.field("budget.percent").error(format!("{percent} is more than 100"), "Write 0 to 100");
         }
         let per_second = f64::from(count) / every.as_secs_f64();
         Budget { ratio: f64::from(percent) / 100.0, min_per_second: per_second.ceil().min(1e6) as u32, ttl }
@@ -1176,7 +1195,18 @@ mod tests {
         );
         spec("Server", "{port: 80}", &[""]);
         spec("Server", "{podSelector: {}, externalWorkloadSelector: {}, port: 80}", &[""]);
-        spec("Server", "{podSelector: {}}", &[""]);
+        spec("Server", "{podSelector: {}}", &["port"]);
+        spec(
+            "Server",
+            "{podSelector: {matchLabels: {a: 1}, matchExpressions: [{key: b, operator: Is}]}, port: 70000, proxyProtocol: HTTP, accessPolicy: 3}",
+            &[
+                "accessPolicy",
+                "podSelector.matchLabels.a",
+                "port",
+                "podSelector.matchExpressions[0].operator",
+                "proxyProtocol",
+            ],
+        );
         spec("Server", "{podSelector: {}, port: 80, proxyProtocol: HTTP}", &["proxyProtocol"]);
         spec("Server", "{podSelector: {}, port: 80, accessPolicy: open}", &["accessPolicy"]);
         spec(
@@ -1226,11 +1256,13 @@ mod tests {
         sa("{unauthenticated: true, meshTLS: {}}", &["client"]);
         sa("{meshTLS: {}}", &["client.meshTLS"]);
         sa("{meshTLS: {unauthenticatedTLS: true, identities: ['*']}}", &["client.meshTLS"]);
-        sa(
-            "{meshTLS: {identities: ['*.', 'a b']}}",
-            &["client.meshTLS.identities[0]", "client.meshTLS.identities[1]", "client.meshTLS"],
-        );
+        sa("{meshTLS: {identities: ['*.', 'a b']}}", &["client.meshTLS.identities[0]", "client.meshTLS.identities[1]"]);
         spec("ServerAuthorization", "{server: {}, client: {unauthenticated: true}}", &["server"]);
+        spec(
+            "ServerAuthorization",
+            "{server: {}, client: {meshTLS: {identities: [3, 'a b']}}}",
+            &["client.meshTLS.identities[0]", "server", "client.meshTLS.identities[1]"],
+        );
 
         let ap = |target: &str, refs: &str, issues: &[&str]| {
             spec(
@@ -1247,13 +1279,24 @@ mod tests {
         ap("{kind: Pod, name: other}", "", &["targetRef.kind"]);
         ap(server, &format!("{tls}, {{kind: ServiceAccount, name: net}}"), &["requiredAuthenticationRefs"]);
         ap(server, "{kind: Secret, name: net}", &["requiredAuthenticationRefs[0].kind"]);
+        ap(
+            "{kind: Pod, name: other, namespace: far}",
+            "{kind: Secret, name: net}, {kind: Pod, name: p}",
+            &[
+                "targetRef.namespace",
+                "targetRef.kind",
+                "requiredAuthenticationRefs[0].kind",
+                "requiredAuthenticationRefs[1].kind",
+            ],
+        );
 
         spec(
             "MeshTLSAuthentication",
             "{identityRefs: [{kind: Namespace, name: a}, {kind: ServiceAccount, name: b}]}",
             &[],
         );
-        spec("MeshTLSAuthentication", "{identities: []}", &[""]);
+        spec("MeshTLSAuthentication", "{identities: []}", &["identities"]);
+        spec("MeshTLSAuthentication", "{}", &[""]);
         spec("MeshTLSAuthentication", "{identityRefs: [{kind: Pod, name: b}]}", &["identityRefs[0].kind"]);
         spec("NetworkAuthentication", "{networks: [{cidr: 10.0.0.1}]}", &[]);
         spec("NetworkAuthentication", "{networks: []}", &["networks"]);
@@ -1279,7 +1322,7 @@ mod tests {
             ),
             &["overrides[0].requestsPerSecond", "overrides[0].clientRefs[0].kind"],
         );
-        spec("HTTPLocalRateLimitPolicy", "{targetRef: {kind: Pod, name: a}}", &["targetRef.kind"]);
+        spec("HTTPLocalRateLimitPolicy", "{targetRef: {kind: Pod, name: a}}", &["targetRef.kind", ""]);
         spec("EgressNetwork", "{trafficPolicy: Deny, networks: [{cidr: 1.0.0.0/8}]}", &[]);
         spec("EgressNetwork", "{trafficPolicy: Maybe}", &["trafficPolicy"]);
         spec("EgressNetwork", "{trafficPolicy: Allow, networks: []}", &["networks"]);

@@ -6,7 +6,8 @@ use super::{
         duration,
         report::{At, Severity},
     },
-    GATEWAY, Head, Kind, POLICY, typed,
+    GATEWAY, Head, Kind, POLICY,
+    typed::typed,
 };
 use crate::policy::{
     client::{Backoff, Retry, SessionToken},
@@ -352,6 +353,11 @@ pub(super) fn read(value: &Value, kind: Kind, head: Head, at: &mut At<'_>) -> Op
     let mut at = at.field("spec");
     let parents = parents(raw.parent_refs, &head, gateway, &mut at.field("parentRefs"));
     let hosts = hosts(&raw.hostnames, kinds, &mut at.field("hostnames"));
+    // The first versions of TLSRoute left the names open; a route without any is for every name.
+    let named = value["apiVersion"].as_str().is_none_or(|version| !version.ends_with("/v1alpha2"));
+    if kinds == RouteKind::Tls && raw.hostnames.is_empty() && named {
+        at.field("hostnames").error("missing", "A TLSRoute lists the names that it is for");
+    }
     let rules = rules(raw.rules, cx, &mut at.field("rules"));
     Some(Route { head, kind: kinds, gateway, parents, hosts, rules, tuning, originate })
 }
@@ -384,7 +390,7 @@ fn parents(raw: Vec<RawParent>, head: &Head, gateway: bool, at: &mut At<'_>) -> 
             continue;
         }
         if p.port == Some(0) {
-            at.field("port").error("0 is no port", "");
+            at.field("port").error("0 is no port", "Write 1 to 65535");
             continue;
         }
         if kind == ParentKind::Server && (p.port.is_some() || p.section_name.is_some()) {
@@ -413,9 +419,6 @@ fn parents(raw: Vec<RawParent>, head: &Head, gateway: bool, at: &mut At<'_>) -> 
 /// Hosts of HTTP routes, names of TLS routes; `*.` + suffix or exact.
 fn hosts(raw: &[String], kind: RouteKind, at: &mut At<'_>) -> Vec<HostMatch> {
     let most = if kind == RouteKind::Tls { MAX_TLS_HOSTS } else { MAX_HOSTS };
-    if kind == RouteKind::Tls && raw.is_empty() {
-        at.error("missing", "A TLSRoute lists the names that it is for");
-    }
     if raw.len() > most {
         at.error(format!("{} names are more than {most}", raw.len()), "Split the route");
     }
@@ -516,7 +519,8 @@ fn rule(raw: RawRule, cx: Context, at: &mut At<'_>) -> Rule {
         at.field("backendRefs").error("missing", "TLS and TCP routes name at least one backend");
     }
     if raw.backend_refs.len() > MAX_LIST {
-        at.field("backendRefs").error(format!("{} backends are more than {MAX_LIST}", raw.backend_refs.len()), "");
+        at.field("backendRefs")
+            .error(format!("{} backends are more than {MAX_LIST}", raw.backend_refs.len()), "Split the rule");
     }
     let backends = raw
         .backend_refs
@@ -537,7 +541,7 @@ fn regex(text: &str) -> Result<FullRegex, String> {
     FullRegex::new(text).map_err(|e| {
         let e = e.to_string();
         let why = e.lines().rev().find_map(|l| l.strip_prefix("error: ")).unwrap_or("too large").to_string();
-        format!("the regular expression {text:?} can't be used: {why}")
+        format!("the regular expression {text:?} can't be used ({why}); write one of RE2, without look-around")
     })
 }
 
@@ -554,12 +558,12 @@ fn string_match(kind: Option<&str>, value: &str, at: &mut At<'_>) -> Option<Stri
 
 fn header_name(text: &str, at: &mut At<'_>) -> Option<HeaderName> {
     let name = HeaderName::from_bytes(text.as_bytes());
-    at.field("name").take(name.map_err(|_| format!("{text:?} is no header name")))
+    at.field("name").take(name.map_err(|_| format!("{text:?} is no header name; write letters, digits and '-'")))
 }
 
 fn header_matches(raw: Vec<RawNamed>, at: &mut At<'_>) -> Vec<HeaderMatch> {
     if raw.len() > MAX_LIST {
-        at.error(format!("{} headers are more than {MAX_LIST}", raw.len()), "");
+        at.error(format!("{} headers are more than {MAX_LIST}", raw.len()), "Split the rule");
     }
     let mut out: Vec<HeaderMatch> = Vec::new();
     for (i, h) in raw.into_iter().enumerate() {
@@ -625,14 +629,16 @@ fn http_match(raw: RawMatch, at: &mut At<'_>) -> Option<HttpMatch> {
         }
     }
     if query.len() > MAX_LIST {
-        at.field("queryParams").error(format!("{} parameters are more than {MAX_LIST}", query.len()), "");
+        at.field("queryParams").error(format!("{} parameters are more than {MAX_LIST}", query.len()), "Split the rule");
     }
     Some(HttpMatch { path, headers: header_matches(raw.headers, &mut at.field("headers")), query, method })
 }
 
 /// Rules for Exact and PathPrefix values (resources.md 3.3).
 fn plain_path(path: &str) -> Result<(), String> {
-    let refuse = |why: &str| Err(format!("{path:?} can't be a path to match: {why}"));
+    let refuse = |why: &str| {
+        Err(format!("{path:?} can't be a path to match ({why}); write it as it stands in a normal request, like /a/b"))
+    };
     if !path.starts_with('/') {
         return refuse("it must start with /");
     }
@@ -698,7 +704,7 @@ fn grpc_match(raw: RawMatch, at: &mut At<'_>) -> Option<GrpcMatch> {
 
 fn filters(raw: Vec<RawFilter>, cx: Context, at: &mut At<'_>) -> Vec<FilterSpec> {
     if raw.len() > MAX_LIST {
-        at.error(format!("{} filters are more than {MAX_LIST}", raw.len()), "");
+        at.error(format!("{} filters are more than {MAX_LIST}", raw.len()), "Split the rule");
     }
     let mut kinds: Vec<String> = Vec::new();
     let mut out: Vec<(u8, FilterSpec)> = Vec::new();
@@ -743,11 +749,12 @@ fn filter(raw: RawFilter, cx: Context, at: &mut At<'_>) -> Option<FilterSpec> {
     }
     let grpc = matches!(kind, "RequestHeaderModifier" | "ResponseHeaderModifier" | "RequestMirror" | "ExtensionRef");
     if cx.kind == RouteKind::Grpc && !grpc {
-        at.field("type").error(format!("a GRPCRoute has no filter {kind}"), "");
+        at.field("type")
+            .error(format!("a GRPCRoute has no filter {kind}"), "Modify headers, mirror, or use an HTTPRoute");
         return None;
     }
     let missing = |at: &mut At<'_>, field: &str| {
-        at.field(field).error(format!("missing, but the filter's type is {kind}"), "");
+        at.field(field).error(format!("missing, but the filter's type is {kind}"), "Give it, or another type");
         None
     };
     match kind {
@@ -795,7 +802,7 @@ fn filter(raw: RawFilter, cx: Context, at: &mut At<'_>) -> Option<FilterSpec> {
                 None => other.to_string(),
             };
             at.field("type").warn(
-                format!("the filter {what} is not known"),
+                format!("the filter {what} is not supported"),
                 "Requests that reach it are answered with an error; remove it",
             );
             Some(FilterSpec::Ready(Filter::Unknown { what: what.into() }))
@@ -807,7 +814,7 @@ fn modifier(raw: RawModifier, at: &mut At<'_>) -> HeaderModifier {
     let mut list = |raw: Vec<RawHeader>, field: &str| {
         let mut at = at.field(field);
         if raw.len() > MAX_LIST {
-            at.error(format!("{} headers are more than {MAX_LIST}", raw.len()), "");
+            at.error(format!("{} headers are more than {MAX_LIST}", raw.len()), "Split the rule");
         }
         let mut out: Vec<(HeaderName, HeaderValue)> = Vec::new();
         for (i, h) in raw.into_iter().enumerate() {
@@ -820,7 +827,8 @@ fn modifier(raw: RawModifier, at: &mut At<'_>) -> HeaderModifier {
                 );
                 continue;
             }
-            let value = HeaderValue::from_str(&h.value).map_err(|_| format!("{:?} is no header value", h.value));
+            let value = HeaderValue::from_str(&h.value)
+                .map_err(|_| format!("{:?} is no header value; write visible ASCII", h.value));
             let Some(value) = at.field("value").take(value) else { continue };
             if !out.iter().any(|o| o.0 == name) {
                 out.push((name, value));
@@ -835,10 +843,10 @@ fn modifier(raw: RawModifier, at: &mut At<'_>) -> HeaderModifier {
         let mut at = at.item(i);
         match HeaderName::from_bytes(text.as_bytes()) {
             Ok(name) if is_framing(&name) => {
-                at.error(format!("{name} can't be removed, it would break the message"), "")
+                at.error(format!("{name} can't be removed, it would break the message"), "Leave it alone")
             }
             Ok(name) => remove.push(name),
-            Err(_) => at.error(format!("{text:?} is no header name"), ""),
+            Err(_) => at.error(format!("{text:?} is no header name"), "Write letters, digits and '-'"),
         }
     }
     HeaderModifier { add, set, remove }
@@ -913,10 +921,9 @@ fn redirect(raw: RawRedirect, cx: Context, at: &mut At<'_>) -> Option<FilterSpec
     if !allowed.contains(&status) {
         at.field("statusCode")
             .error(format!("{status} is no redirect status here"), format!("Write one of {allowed:?}"));
-        return None;
     }
     if raw.port == Some(0) {
-        at.field("port").error("0 is no port", "");
+        at.field("port").error("0 is no port", "Write 1 to 65535");
     }
     let host = host_part(raw.hostname, at);
     let path = raw.path.and_then(|p| modify_path(p, cx, &mut at.field("path")));
@@ -928,7 +935,7 @@ fn mirror(raw: RawMirror, cx: Context, at: &mut At<'_>) -> Option<FilterSpec> {
     let ratio = match (raw.percent, raw.fraction) {
         (Some(_), Some(_)) => {
             at.error("percent and fraction exclude each other", "Remove one of them");
-            return None;
+            Some(Ratio::ALWAYS)
         }
         (None, None) => Some(Ratio::ALWAYS),
         (Some(p), None) => Ratio::new(p, 100).filter(|_| p <= 100),
@@ -937,15 +944,14 @@ fn mirror(raw: RawMirror, cx: Context, at: &mut At<'_>) -> Option<FilterSpec> {
             Ratio::new(f.numerator, d).filter(|_| f.numerator <= d)
         }
     };
-    let Some(ratio) = ratio else {
+    if ratio.is_none() {
         at.error(
             "the share is not between 0 and 1",
             "percent is 0 to 100; numerator is at most denominator, which is at least 1",
         );
-        return None;
-    };
+    }
     let backend = backend(raw.backend_ref, cx, &mut at.field("backendRef"));
-    Some(FilterSpec::Mirror { backend, ratio })
+    Some(FilterSpec::Mirror { backend, ratio: ratio? })
 }
 
 fn cors(raw: RawCors, at: &mut At<'_>) -> Option<FilterSpec> {
@@ -974,11 +980,11 @@ fn cors(raw: RawCors, at: &mut At<'_>) -> Option<FilterSpec> {
         ("exposeHeaders", &raw.expose_headers, 64),
     ] {
         if list.len() > most {
-            at.field(field).error(format!("{} entries are more than {most}", list.len()), "");
+            at.field(field).error(format!("{} entries are more than {most}", list.len()), "Write *");
         }
         for (i, entry) in list.iter().enumerate().filter(|_| field != "allowOrigins") {
             if entry != "*" && HeaderName::from_bytes(entry.as_bytes()).is_err() {
-                at.field(field).item(i).error(format!("{entry:?} is no name"), "");
+                at.field(field).item(i).error(format!("{entry:?} is no name"), "Write letters, digits and '-', or *");
             }
             if entry == "*" && list.len() > 1 {
                 at.field(field).error("* must be the only entry", "Remove the others");
@@ -1013,7 +1019,7 @@ fn backend(raw: RawBackend, cx: Context, at: &mut At<'_>) -> BackendRef {
         at.field("port").error("missing", "A Service as a backend needs one of its ports");
     }
     if raw.port == Some(0) {
-        at.field("port").error("0 is no port", "");
+        at.field("port").error("0 is no port", "Write 1 to 65535");
     }
     let weight = raw.weight.unwrap_or(1);
     if !(0..=i64::from(MAX_WEIGHT)).contains(&weight) {
@@ -1100,8 +1106,8 @@ pub(super) fn session(raw: RawSession, at: &mut At<'_>) -> Option<SessionSpec> {
             if let Some(name) = cookie.name.or(raw.session_name) {
                 // A cookie name is a token (RFC 6265, 4.1.1), as header names are.
                 if HeaderName::from_bytes(name.as_bytes()).is_err() {
-                    at.field("cookie.name").error(format!("{name:?} is no cookie name"), "");
-                    return None;
+                    at.field("cookie.name")
+                        .error(format!("{name:?} is no cookie name"), "Write letters, digits and '-'");
                 }
                 let (path, permanent) = (spec.path.clone(), spec.permanent);
                 spec.token = Some(SessionToken::Cookie { name: name.into(), path, permanent });
@@ -1187,12 +1193,9 @@ mod tests {
         http("{backendRefs: [{name: a, port: 80, weight: 1000001}]}", &[&format!("{b}.weight")]);
         http("{backendRefs: [{name: a, kind: Bucket}]}", &[b]);
         let parent = "parentRefs: [{group: '', kind: Service, name: web}]";
-        assert!(
-            check(
-                &format!("{{{HEAD}, kind: HTTPRoute, spec: {{{parent}, rules: [{{backendRefs: [{{port: 80}}]}}]}}}}"),
-                &[b]
-            )
-            .is_none()
+        check(
+            &format!("{{{HEAD}, kind: HTTPRoute, spec: {{{parent}, rules: [{{backendRefs: [{{port: 80}}]}}]}}}}"),
+            &[&format!("{b}.name")],
         );
     }
 

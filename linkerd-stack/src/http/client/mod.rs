@@ -10,7 +10,7 @@ mod h2;
 
 pub use self::error::SendError;
 
-use super::{Version, body::Body, rest::Exchange};
+use super::{Version, body::Body, rest};
 use crate::{backoff::Backoff, boxed::BoxFuture, io::BoxedIo, ready::Ready};
 use http::{Method, Request, Response};
 use std::{fmt, sync::Arc, time::Duration};
@@ -188,8 +188,8 @@ pub(super) enum Lease {
     H1(h1::Lease),
     /// A stream of an HTTP/2 connection.
     H2(h2::Stream),
-    /// The exchange that the body is the request of, on a server's connection.
-    Served(Exchange),
+    /// The body is a request's, on a server's connection.
+    Served(rest::Request),
 }
 
 impl Lease {
@@ -198,7 +198,7 @@ impl Lease {
         match self {
             Self::H1(lease) => lease.give_back(),
             Self::H2(stream) => drop(stream),
-            Self::Served(exchange) => drop(exchange),
+            Self::Served(request) => drop(request),
         }
     }
 }

@@ -362,3 +362,99 @@ async fn no_upgrade_without_101_and_no_101_without_asking() {
     .await;
     check(h2c, &ok("GET http://a/ HTTP/1.1 host=a \"\"")).await;
 }
+
+/// Sets its flag when it is dropped: the request that holds it is over.
+struct Over(Arc<std::sync::atomic::AtomicBool>);
+
+impl Drop for Over {
+    fn drop(&mut self) {
+        self.0.store(true, std::sync::atomic::Ordering::SeqCst);
+    }
+}
+
+/// A client that sends `sent`, waits, and closes its connection: whether the request ends before its answer, which
+/// takes a minute.
+async fn gives_up(sent: &str, streams: bool, after: Duration) -> bool {
+    let over = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let flag = over.clone();
+    let slow = service(move |_| {
+        let over = Over(flag.clone());
+        async move {
+            let minute = async move {
+                tokio::time::sleep(Duration::from_secs(60)).await;
+                drop(over);
+            };
+            if !streams {
+                minute.await;
+                return Ok(Response::new(Body::full("late")));
+            }
+            let end = futures_util::stream::once(async move {
+                minute.await;
+                Ok::<_, BodyError>(http_body::Frame::data(bytes::Bytes::from_static(b"late")))
+            });
+            Ok(Response::new(Body::new(http_body_util::StreamBody::new(end))))
+        }
+    });
+    let (mut io, _drain, task) = served(ServerConfig::default(), Version::H1, slow);
+    io.write_all(sent.as_bytes()).await.unwrap();
+    if streams {
+        read_until(&mut io, "\r\n\r\n").await;
+    }
+    tokio::time::sleep(after).await;
+    io.shutdown().await.unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let early = over.load(std::sync::atomic::Ordering::SeqCst);
+    assert_eq!(task.is_finished(), early);
+    if early {
+        assert!(matches!(task.await.unwrap(), Err(ServeError::Io(_))));
+    } else {
+        assert!(read_all(&mut io).await.contains("late"));
+        assert!(task.await.unwrap().is_ok());
+    }
+    early
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_goes_away_ends_its_request() {
+    const GET: &str = "GET / HTTP/1.1\r\nHost: web\r\n\r\n";
+    const POST: &str = "POST / HTTP/1.1\r\nHost: web\r\nContent-Length: 3\r\n\r\nabc";
+    let later = Duration::from_secs(1);
+    for (sent, streams, after, expected) in [
+        (GET, false, later, true),
+        (POST, false, later, true),
+        // While the answer is on its way and nothing has to be said.
+        (GET, true, later, true),
+        // Closing together with the request is how some clients say that it was the last one.
+        (GET, false, Duration::ZERO, false),
+        (POST, false, Duration::ZERO, false),
+    ] {
+        assert_eq!(gives_up(sent, streams, after).await, expected, "{sent:?} {streams} {after:?}");
+    }
+    // What was read ahead is not lost.
+    let (mut io, _drain, _task) = served(ServerConfig::default(), Version::H1, echo());
+    for _ in 0..2 {
+        io.write_all(GET.as_bytes()).await.unwrap();
+    }
+    io.shutdown().await.unwrap();
+    let one = ok(r#"GET http://web/ HTTP/1.1 host=web """#);
+    assert_eq!(read_all(&mut io).await, format!("{one}{one}"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_that_is_read_slowly_is_not_cut_into_bytes() {
+    const SIZE: usize = 256 * 1024;
+    let count = service(|req: Request<Body>| async move {
+        let (mut body, mut pieces) = (req.into_body(), 0);
+        while let Some(Ok(_)) = body.frame().await {
+            pieces += 1;
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        Ok(Response::new(Body::full(format!("{pieces} pieces"))))
+    });
+    let (mut io, _drain, _task) = served(ServerConfig::default(), Version::H1, count);
+    io.write_all(format!("POST / HTTP/1.1\r\nHost: web\r\nContent-Length: {SIZE}\r\n\r\n").as_bytes()).await.unwrap();
+    io.write_all(&vec![b'x'; SIZE]).await.unwrap();
+    let output = read_until(&mut io, " pieces").await;
+    let pieces = output.rsplit("\r\n").next().unwrap().trim_end_matches(" pieces").parse::<usize>().unwrap();
+    assert!(pieces < 200, "{pieces}");
+}
