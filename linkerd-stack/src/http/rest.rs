@@ -198,8 +198,8 @@ impl<I: Io> Stream<I> {
     ) -> io::Result<Option<Self>> {
         let Self { io, activity, mut attention } = self;
         let (unread, mut io) = io.into_parts();
-        // Without anything unused the codec's buffer goes now, which even an empty piece of it keeps.
-        let rest = if rest.is_empty() { Bytes::new() } else { rest };
+        // An empty piece of the codec's buffer would keep the buffer.
+        let rest = Some(rest).filter(|rest| !rest.is_empty()).unwrap_or_default();
         let mut prefix = if unread.is_empty() { rest } else { [rest, unread].concat().into() };
         if prefix.is_empty() {
             prefix = poll_fn(|cx| {
