@@ -1,6 +1,14 @@
-//! Limits on requests per second (behaviour.md C.9): the generic cell rate algorithm (ITU-T I.371), one atomic word
-//! for each bucket. A bucket holds as many cells as the limit per second, is full at first, and refills evenly.
+//! Limits on requests per second (behaviour.md C.9): token buckets of `governor`, one atomic word each. A bucket holds as
+//! many cells as the limit per second, is full at first, and refills evenly. What is ours is the time, tokio's, and the
+//! bound on the buckets of many clients.
 
+use governor::{
+    Quota, RateLimiter,
+    clock::{Clock, Reference},
+    middleware::NoOpMiddleware,
+    nanos::Nanos,
+    state::{InMemoryState, NotKeyed},
+};
 use parking_lot::Mutex;
 use std::hash::{BuildHasher, RandomState};
 use std::{
@@ -26,25 +34,47 @@ const SHARDS: usize = 16;
 /// Least time between two searches of a full part for buckets that nobody needs: a search looks at all of them.
 const SWEEP_INTERVAL: Duration = Duration::from_millis(100);
 
-const SECOND: u64 = 1_000_000_000;
+/// A bucket that nobody has touched for so long is full again, whatever the limit: it holds a second's worth.
+const REFILLED: Duration = Duration::from_secs(1);
 
 /// One bucket. Clones are the same bucket.
 #[derive(Clone)]
-pub struct Limiter(Arc<Bucket>);
+pub struct Limiter(Arc<RateLimiter<NotKeyed, InMemoryState, Watch, NoOpMiddleware<Nanos>>>);
 
-struct Bucket {
-    pace: Pace,
-    /// When the bucket will be full again, in nanoseconds since `pace.base`.
-    full_at: AtomicU64,
+/// A bucket's clock: tokio's time since an instant. It remembers when it was last looked at, which is when the bucket was
+/// last asked for a cell.
+#[derive(Debug)]
+struct Watch {
+    base: Instant,
+    /// Nanoseconds since `base`.
+    seen: AtomicU64,
 }
 
-#[derive(Copy, Clone)]
-struct Pace {
+impl Clock for Watch {
+    type Instant = Nanos;
+
+    fn now(&self) -> Nanos {
+        let now = since(self.base);
+        self.seen.store(now.as_u64(), Relaxed);
+        now
+    }
+}
+
+impl Clone for Watch {
+    fn clone(&self) -> Self {
+        Self { base: self.base, seen: self.seen.load(Relaxed).into() }
+    }
+}
+
+fn since(base: Instant) -> Nanos {
+    base.elapsed().into()
+}
+
+/// What new buckets are made of.
+#[derive(Copy, Clone, Debug)]
+struct Make {
+    per_second: NonZeroU32,
     base: Instant,
-    /// Nanoseconds in which one cell refills.
-    cell: u64,
-    /// Nanoseconds before full at which the last cell is free.
-    tolerance: u64,
 }
 
 /// A bucket for each key, in bounded memory whatever the number of keys.
@@ -52,7 +82,7 @@ struct Pace {
 /// A key's bucket is looked up once for a connection and then used without a lock. Buckets that are full and in nobody's
 /// hands are forgotten when room is needed: a new one would be the same.
 pub struct Keyed<K> {
-    pace: Pace,
+    make: Make,
     hasher: RandomState,
     shards: Box<[Mutex<Shard<K>>]>,
     /// Most buckets in one shard.
@@ -63,13 +93,13 @@ pub struct Keyed<K> {
 
 struct Shard<K> {
     buckets: HashMap<K, Limiter, RandomState>,
-    swept: Option<Instant>,
+    swept: Option<Nanos>,
 }
 
 impl Limiter {
     /// A full bucket of so many requests per second.
     pub fn new(per_second: NonZeroU32) -> Self {
-        Self::with_pace(Pace::new(per_second))
+        Make::new(per_second).bucket()
     }
 
     /// Takes a cell.
@@ -77,39 +107,24 @@ impl Limiter {
     /// # Errors
     /// The time after which there will be one; nothing was taken.
     pub fn check(&self) -> Result<(), Duration> {
-        let Bucket { pace, full_at } = &*self.0;
-        let now = pace.now();
-        let mut wait = 0;
-        let take = |full_at: u64| {
-            let full_at = full_at.max(now);
-            wait = (full_at - now).saturating_sub(pace.tolerance);
-            (wait == 0).then(|| full_at.saturating_add(pace.cell))
-        };
-        match full_at.try_update(Relaxed, Relaxed, take) {
-            Ok(_) => Ok(()),
-            Err(_) => Err(Duration::from_nanos(wait)),
-        }
-    }
-
-    fn with_pace(pace: Pace) -> Self {
-        Self(Arc::new(Bucket { pace, full_at: AtomicU64::new(0) }))
+        self.0.check().map_err(|not| not.wait_time_from(self.0.clock().now()))
     }
 
     /// Whether nobody else has it, and it is as good as new.
-    fn is_spare(&self, now: u64) -> bool {
-        Arc::strong_count(&self.0) == 1 && self.0.full_at.load(Relaxed) <= now
+    fn is_spare(&self, now: Nanos) -> bool {
+        let seen = Nanos::new(self.0.clock().seen.load(Relaxed));
+        Arc::strong_count(&self.0) == 1 && Duration::from(now.duration_since(seen)) >= REFILLED
     }
 }
 
-impl Pace {
+impl Make {
     fn new(per_second: NonZeroU32) -> Self {
-        let per_second = u64::from(per_second.get());
-        let cell = (SECOND / per_second).max(1);
-        Self { base: Instant::now(), cell, tolerance: cell * (per_second - 1) }
+        Self { per_second, base: Instant::now() }
     }
 
-    fn now(&self) -> u64 {
-        u64::try_from(self.base.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    fn bucket(self) -> Limiter {
+        let watch = Watch { base: self.base, seen: AtomicU64::new(0) };
+        Limiter(Arc::new(RateLimiter::direct_with_clock(Quota::per_second(self.per_second), watch)))
     }
 }
 
@@ -121,14 +136,14 @@ impl<K: Eq + Hash + Clone> Keyed<K> {
 
     /// As [`Keyed::new`], with another bound on the keys that have buckets of their own.
     pub fn with_max_keys(per_second: NonZeroU32, max_keys: usize) -> Self {
-        let pace = Pace::new(per_second);
+        let make = Make::new(per_second);
         let shard = || Mutex::new(Shard { buckets: HashMap::default(), swept: None });
         Self {
-            pace,
+            make,
             hasher: RandomState::new(),
             shards: (0..SHARDS).map(|_| shard()).collect(),
             capacity: max_keys.div_ceil(SHARDS),
-            overflow: Limiter::with_pace(pace),
+            overflow: make.bucket(),
         }
     }
 
@@ -140,10 +155,10 @@ impl<K: Eq + Hash + Clone> Keyed<K> {
         if let Some(bucket) = shard.buckets.get(key) {
             return bucket.clone();
         }
-        if shard.buckets.len() >= self.capacity && !shard.sweep(self.pace) {
+        if shard.buckets.len() >= self.capacity && !shard.sweep(since(self.make.base)) {
             return self.overflow.clone();
         }
-        let bucket = Limiter::with_pace(self.pace);
+        let bucket = self.make.bucket();
         shard.buckets.insert(key.clone(), bucket.clone());
         bucket
     }
@@ -169,14 +184,12 @@ impl<K: Eq + Hash + Clone> Keyed<K> {
 
 impl<K: Eq + Hash> Shard<K> {
     /// Makes room, and says whether there is any.
-    fn sweep(&mut self, pace: Pace) -> bool {
-        let now = Instant::now();
-        if self.swept.is_some_and(|swept| now.saturating_duration_since(swept) < SWEEP_INTERVAL) {
+    fn sweep(&mut self, now: Nanos) -> bool {
+        if self.swept.is_some_and(|swept| Duration::from(now.duration_since(swept)) < SWEEP_INTERVAL) {
             return false;
         }
         self.swept = Some(now);
         let full = self.buckets.len();
-        let now = pace.now();
         self.buckets.retain(|_, bucket| !bucket.is_spare(now));
         self.buckets.len() < full
     }
@@ -184,13 +197,13 @@ impl<K: Eq + Hash> Shard<K> {
 
 impl fmt::Debug for Limiter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Limiter").field("cell_nanos", &self.0.pace.cell).finish_non_exhaustive()
+        f.debug_struct("Limiter").finish_non_exhaustive()
     }
 }
 
 impl<K> fmt::Debug for Keyed<K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Keyed").field("cell_nanos", &self.pace.cell).finish_non_exhaustive()
+        f.debug_struct("Keyed").field("make", &self.make).finish_non_exhaustive()
     }
 }
 
@@ -228,6 +241,12 @@ mod tests {
         check(&Limiter::new(rps(1)), 1, Duration::from_secs(1));
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn the_largest_limit_there_is() {
+        let limiter = Limiter::new(NonZeroU32::MAX);
+        assert!((0..100_000).all(|_| limiter.check().is_ok()));
+    }
+
     #[test]
     fn threads_share_what_there_is() {
         let limiter = Limiter::new(rps(1_000));
@@ -236,7 +255,7 @@ mod tests {
             let threads: Vec<_> = (0..4).map(|_| s.spawn(takes)).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).sum()
         });
-        let refilled = limiter.0.pace.base.elapsed().as_millis() as usize + 1;
+        let refilled = limiter.0.clock().base.elapsed().as_millis() as usize + 1;
         assert!((1_000..=1_000 + refilled).contains(&granted), "{granted}");
     }
 

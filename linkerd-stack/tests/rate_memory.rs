@@ -1,6 +1,8 @@
 //! Rate limits by client, in bounded memory whatever the number of clients. A process of its own, so that what it holds is
 //! what the limiter holds.
 
+#![allow(clippy::unwrap_used, reason = "a failed expectation is what a test is for, in its helpers too")]
+
 use linkerd_stack::rate::{Keyed, MAX_KEYS};
 use std::{fs, num::NonZeroU32};
 

@@ -372,6 +372,7 @@ async fn open_connections_follow_the_policy_request_by_request() {
         assert_eq!(client.get("/", &[]).await.status, status);
     }
     proxy.has("inbound_http_route_not_found_total", &["srv_name=\"srv\""], 2);
+    proxy.has("inbound_http_authz_deny_total", &["route_kind=\"default\"", "route_name=\"invalid\""], 1);
 }
 
 #[tokio::test]

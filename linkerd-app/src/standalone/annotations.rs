@@ -27,6 +27,14 @@ const TLS_HOSTNAME: &str = "egress.linkerd.io/tls-hostname";
 const TLS_PORT: &str = "egress.linkerd.io/tls-port";
 pub(super) const OPAQUE_PORTS: &str = "config.linkerd.io/opaque-ports";
 
+/// On a Service, EgressNetwork or route: bytes of a request's body that are kept for another attempt, up to
+/// [`MAX_RETRY_BODY`]. This key is ours.
+const RETRY_BYTES: &str = "retry.linkerd.io/max-request-bytes";
+/// On a Service, EgressNetwork or route: whether requests may say `l5d-timeout`, `l5d-retry-http` and the like (behaviour.md
+/// D.13); when absent, the command line says. This key is ours.
+const REQUEST_HEADERS: &str = "retry.linkerd.io/request-headers";
+/// Most that a request may hold on to for another attempt: each of thousands in flight may.
+const MAX_RETRY_BODY: usize = 16 * 1024 * 1024;
 /// Body bytes kept for another attempt (resources.md 8).
 const RETRY_BODY: usize = 64 * 1024;
 /// Wait between attempts (resources.md 8).
@@ -37,6 +45,10 @@ pub(super) const RETRY_BACKOFF: Backoff =
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Tuning {
     pub(super) retry: Option<Retry>,
+    /// Bytes kept for another attempt, whoever asks for it.
+    pub(super) retry_bytes: Option<usize>,
+    /// Whether request headers may ask for retries and timeouts.
+    pub(super) request_headers: Option<bool>,
     pub(super) timeouts: Timeouts,
     pub(super) breaker: Breaker,
     pub(super) load: Load,
@@ -169,6 +181,11 @@ impl Tuning {
         };
         Self {
             retry: retry(&mut r),
+            retry_bytes: r.get(RETRY_BYTES, |t| match t.parse() {
+                Ok(bytes) if bytes <= MAX_RETRY_BODY => Ok(bytes),
+                _ => Err(format!("{t:?} is no number of bytes from 0 to {MAX_RETRY_BODY}")),
+            }),
+            request_headers: r.get(REQUEST_HEADERS, boolean),
             timeouts,
             breaker: breaker(&mut r),
             load: load(&mut r),
@@ -355,6 +372,10 @@ mod tests {
         assert_eq!((retry.max_retries, retry.timeout), (1, Some(Duration::from_millis(300))));
         assert_eq!((t.timeouts.request, t.timeouts.idle), (Some(Duration::from_secs(2)), None));
         assert!(check(&[("timeout.linkerd.io/request", "2s")], &[]).retry.is_none());
+        let t = check(&[(RETRY_BYTES, "16777216"), (REQUEST_HEADERS, "true")], &[]);
+        assert_eq!((t.retry_bytes, t.request_headers, t.retry), (Some(MAX_RETRY_BODY), Some(true), None));
+        let bytes = "metadata.annotations[\"retry.linkerd.io/max-request-bytes\"]";
+        assert_eq!(check(&[(RETRY_BYTES, "16777217")], &[bytes]).retry_bytes, None);
     }
 
     #[test]
@@ -405,5 +426,14 @@ mod tests {
         }
         assert_eq!(weight("0.5"), Ok(5_000));
         assert!(weight("-1").is_err() && weight("NaN").is_err() && weight("101").is_err());
+    }
+
+    #[test]
+    fn the_page_explains_every_key_of_ours() {
+        let page = include_str!("../../../docs/annotations.md");
+        let keys = [WEIGHT, TRANSPORT_MODE, ORIGINATE_TLS, TLS_HOSTNAME, TLS_PORT, RETRY_BYTES, REQUEST_HEADERS];
+        for key in keys {
+            assert!(page.contains(&format!("| `{key}` |")), "{key}");
+        }
     }
 }

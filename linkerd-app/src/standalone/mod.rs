@@ -102,7 +102,7 @@ pub struct Settings {
     pub probe_networks: Vec<IpNet>,
     /// Namespace whose EgressNetworks count for all namespaces that have none.
     pub egress_namespace: Arc<str>,
-    /// Whether `l5d-retry-*` and `l5d-timeout` request headers are honoured.
+    /// Whether `l5d-retry-*` and `l5d-timeout` request headers are honoured where no annotation says otherwise.
     pub l5d_headers: bool,
     /// Which address of a dual-stack Pod is used.
     pub prefer_ipv6: bool,

@@ -14,8 +14,8 @@ use super::{
 use crate::policy::{
     Endpoint, Meta,
     client::{
-        Backend, Budget, Dispatcher, Distribution, Failure, Refuse, Route, RouteBackend, Rule, Session, SessionToken,
-        TcpRoute, Timeouts,
+        Backend, Budget, Dispatcher, Distribution, Failure, Refuse, Retry, Route, RouteBackend, Rule, Session,
+        SessionToken, TcpRoute, Timeouts,
     },
     endpoint::EndpointMeta,
     route::{Filter, HostMatch, Mirror, Redirect},
@@ -82,16 +82,14 @@ impl<'a> Parent<'_, 'a> {
                 })
             }
         };
-        let mut retry = rule.retry.clone().or_else(|| route.tuning.retry.clone()).or_else(|| self.tuning.retry.clone());
+        let retry = rule.retry.clone().or_else(|| route.tuning.retry.clone()).or_else(|| self.tuning.retry.clone());
+        let retry_bytes = route.tuning.retry_bytes.or(self.tuning.retry_bytes);
         let service = rule.backends.first().filter(|b| b.kind == BackendKind::Service);
         let (namespace, name) = match service {
             Some(b) => (self.backend_namespace(b, key, route), b.name.clone()),
             None => (self.namespace.clone(), self.name.clone()),
         };
         let traffic = self.traffic(&namespace, &name);
-        if let Some(retry) = &mut retry {
-            retry.budget = traffic.0;
-        }
         let session = rule.session.clone().or(traffic.1).filter(|_| {
             let service = self.view.service(&"".into(), &namespace, &name);
             !service.is_some_and(|s| s.client_ip_affinity)
@@ -101,10 +99,14 @@ impl<'a> Parent<'_, 'a> {
             filters,
             backends,
             timeouts: self.timeouts(route, rule),
-            retry,
-            allow_l5d_headers: self.mesh.settings.l5d_headers,
+            retry: retry.map(|retry| completed(retry, retry_bytes, traffic.0)),
+            allow_l5d_headers: route.tuning.request_headers.unwrap_or_else(|| self.request_headers()),
             session: session.map(|s| session_of(&s, key, index)),
         }
+    }
+
+    fn request_headers(&self) -> bool {
+        self.tuning.request_headers.unwrap_or(self.mesh.settings.l5d_headers)
     }
 
     fn timeouts(&self, route: &Manifest, rule: &ManifestRule) -> Timeouts {
@@ -235,8 +237,8 @@ impl<'a> Parent<'_, 'a> {
         let key = format!("{}/{}:{}", self.namespace, self.name, self.port);
         Rule {
             timeouts: self.tuning.timeouts,
-            retry: self.tuning.retry.clone().map(|r| crate::policy::client::Retry { budget, ..r }),
-            allow_l5d_headers: self.mesh.settings.l5d_headers,
+            retry: self.tuning.retry.clone().map(|retry| completed(retry, self.tuning.retry_bytes, budget)),
+            allow_l5d_headers: self.request_headers(),
             session: session.map(|s| named_session(&s, &key)),
             ..Rule::to(single(RouteBackend { filters: Vec::new(), backend: self.default_backend() }))
         }
@@ -257,6 +259,11 @@ impl<'a> Parent<'_, 'a> {
         let route_of = TcpRoute { meta: route_meta(key), refuse, backends: backends.unwrap_or(Distribution::Empty) };
         (route.hosts.clone(), route_of)
     }
+}
+
+/// A retry policy with what is told apart from it.
+fn completed(retry: Retry, bytes: Option<usize>, budget: Option<Budget>) -> Retry {
+    Retry { max_request_bytes: bytes.unwrap_or(retry.max_request_bytes), budget, ..retry }
 }
 
 pub(super) fn service_meta(namespace: &str, name: &str, port: u16) -> Meta {

@@ -1358,3 +1358,13 @@ spec:
         "{report}"
     );
 }
+
+#[test]
+fn the_examples_of_the_documentation_are_valid() {
+    let text = include_str!("../../../docs/outbound.md");
+    let examples: Vec<_> = text.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+    assert_eq!(examples.len(), 1);
+    let dir = Dir::new(&[("example.yaml", examples[0])]);
+    let report = check(std::slice::from_ref(&dir.0));
+    assert!(report.findings.is_empty() && report.objects == 4, "{report}");
+}

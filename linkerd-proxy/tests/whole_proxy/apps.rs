@@ -57,20 +57,33 @@ pub(crate) struct Answer {
 /// first; `/status/N` answers so; below `/headers` it adds the request's query, authority and headers, one a line; gRPC
 /// requests get trailers, with code N for `/fail/N`.
 pub(crate) fn http(pod: &Pod, port: u16, name: &'static str) -> App {
-    let listener = pod.listen(port);
     let seen = Arc::<Mutex<Vec<String>>>::default();
     let log = seen.clone();
+    let task = serve(pod, port, move |req| {
+        log.lock().unwrap().push(format!("{} {}", req.method(), req.uri()));
+        answer(name, req)
+    });
+    App { task, seen }
+}
+
+/// Serves HTTP/1 and HTTP/2 by what the client speaks. A request that is answered with an error loses its connection.
+pub(crate) fn serve<F, E>(
+    pod: &Pod,
+    port: u16,
+    answer: impl Fn(Request<Incoming>) -> F + Clone + Send + 'static,
+) -> AbortHandle
+where
+    F: Future<Output = Result<Response<Body>, E>> + Send + 'static,
+    E: std::error::Error + Send + Sync + 'static,
+{
+    let listener = pod.listen(port);
     let task = tokio::spawn(async move {
         loop {
             let Ok((io, _)) = listener.accept().await else { continue };
-            let log = log.clone();
+            let service = service_fn(answer.clone());
             tokio::spawn(async move {
                 let mut start = [0; 4];
                 let http2 = matches!(io.peek(&mut start).await, Ok(4)) && &start == b"PRI ";
-                let service = service_fn(move |req: Request<Incoming>| {
-                    log.lock().unwrap().push(format!("{} {}", req.method(), req.uri()));
-                    answer(name, req)
-                });
                 if http2 {
                     let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
                     builder.max_header_list_size(1 << 20);
@@ -82,7 +95,7 @@ pub(crate) fn http(pod: &Pod, port: u16, name: &'static str) -> App {
             });
         }
     });
-    App { task: task.abort_handle(), seen }
+    task.abort_handle()
 }
 
 async fn answer(name: &'static str, mut req: Request<Incoming>) -> Result<Response<Body>, Infallible> {

@@ -154,7 +154,12 @@ impl ControlPlane {
 
     /// A policy that lacks its protocol.
     pub(crate) fn break_service(&self, addr: SocketAddr) {
-        self.0.known.send_modify(|known| known.policies.get_mut(&addr.to_string()).unwrap().protocol = None);
+        self.edit(addr, |policy| policy.protocol = None);
+    }
+
+    /// Changes the policy of a service.
+    pub(crate) fn edit(&self, addr: SocketAddr, change: impl FnOnce(&mut outbound::OutboundPolicy)) {
+        self.0.known.send_modify(|known| change(known.policies.get_mut(&addr.to_string()).unwrap()));
     }
 
     pub(crate) fn endpoints(&self, name: &str, endpoints: &[(SocketAddr, Option<&str>)]) {

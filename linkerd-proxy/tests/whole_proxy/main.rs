@@ -4,6 +4,9 @@
 #![allow(clippy::unwrap_used, reason = "a failed expectation is what a test is for, in its helpers too")]
 
 mod apps;
+mod balancing;
+mod breakers;
+mod causes;
 mod companions;
 mod control;
 mod control_names;
@@ -30,8 +33,10 @@ mod origination;
 mod policy;
 mod protocols;
 mod reload;
+mod retries;
 mod routes;
 mod routing;
+mod scripted;
 mod secrets;
 mod settings;
 mod site;
@@ -39,6 +44,8 @@ mod smuggling;
 mod spire;
 mod startup;
 mod tap;
+mod timeouts;
 mod traces;
+mod unprocessed;
 mod wire;
 mod world;

@@ -24,7 +24,7 @@ use crate::{
         readings::readings,
     },
     policy::{
-        Source,
+        Meta, Source,
         authz::ClientTls,
         route::{HostMatch, RouteMatch},
         server::{Protocol, Route},
@@ -235,6 +235,7 @@ impl PolicyService {
             HttpRoutes::Routes(routes) => routes,
             HttpRoutes::Invalid(reason) => {
                 // Nobody is authorized by a policy that was not understood.
+                resolved.metrics.http_deny(&Meta::default("invalid")).inc();
                 self.guard.lines.denied(self.case(resolved, None));
                 return Err(Error::new(Cause::Unauthorized).context(format!("invalid policy: {reason}")));
             }
