@@ -31,6 +31,13 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Share by which a count may differ from the one on file. From run to run they differ by a thousandth; what compilers,
 /// processors and timers make of it gets the rest.
 const TOLERANCE: f64 = 0.03;
+/// What a proxy that slow needs more of, and the counts must not depend on.
+const PATIENT: [&str; 4] = [
+    "LINKERD2_PROXY_INBOUND_CONNECT_TIMEOUT",
+    "LINKERD2_PROXY_OUTBOUND_CONNECT_TIMEOUT",
+    "LINKERD2_PROXY_OUTBOUND_HTTP_FAILFAST_TIMEOUT",
+    "LINKERD2_PROXY_OUTBOUND_DISCOVERY_IDLE_TIMEOUT",
+];
 const SERVER: &str = "127.0.0.2:18080";
 const HOST: &str = "web.bench:80";
 
@@ -169,6 +176,7 @@ impl Pair {
                 .args(["run", "--manifests", "manifests", "--identity", "identity"])
                 .args(["--workload", &format!("bench/{name}")])
                 .env("LINKERD2_PROXY_LOG", "error")
+                .envs(PATIENT.map(|setting| (setting, format!("{}s", PATIENCE.as_secs()))))
                 .env("LINKERD2_PROXY_INBOUND_LISTEN_ADDR", format!("{ip}:4143"))
                 .env("LINKERD2_PROXY_OUTBOUND_LISTEN_ADDR", format!("{ip}:4140"))
                 .env("LINKERD2_PROXY_ADMIN_LISTEN_ADDR", format!("{ip}:4191"))

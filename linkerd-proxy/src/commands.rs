@@ -2,7 +2,7 @@
 
 use crate::{
     cli::{Await, Check, Cli, Command, Identity, Mesh, Redirect, Run, Validate},
-    runtime, secrecy,
+    memory, runtime, secrecy,
 };
 use clap::Parser;
 use linkerd_app::{
@@ -149,6 +149,7 @@ fn serve(config: Config, home: Home, log: log::Handle, process: &Process, traffi
     if !config.core_dumps {
         secrecy::keep();
     }
+    memory::small_pages();
     let telemetry = Telemetry::new(config.metrics);
     let env = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect();
     let access_log = match access_log(process, &telemetry) {

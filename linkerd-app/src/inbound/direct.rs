@@ -1,7 +1,7 @@
 //! Connections to the proxy's own port: mesh TLS with a client identity, then a transport header that says where to
 //! (behaviour.md A.5). Anything else is closed.
 
-use super::{At, Failed, Inbound, accept::Conn, http, opaque, tls};
+use super::{At, Failed, Inbound, Serving, accept::Conn, http, opaque, tls};
 use crate::{
     error::{Cause, Error},
     policy::{Target, authz::ClientTls},
@@ -12,21 +12,22 @@ use crate::{
         io_failure,
     },
 };
+use futures_util::future::ready;
 use linkerd_stack::{PrefixedIo, drain, http::Version};
 use linkerd_tls::{detect::Sni, identity::Alpn};
 use std::sync::Arc;
 use tokio::{net::TcpStream, select};
 
-/// Serves a connection to the proxy itself.
+/// Takes a connection to the proxy itself, and hands over to what serves it.
 ///
 /// # Errors
-/// When the connection is not what a meshed peer's proxy would make, and whatever fails further on.
-pub(super) async fn serve(
+/// When the connection is not what a meshed peer's proxy would make.
+pub(super) async fn accept(
     inbound: &Arc<Inbound>,
     mut conn: Conn,
     mut io: TcpStream,
     drain: drain::Watch,
-) -> Result<(), Failed> {
+) -> Result<Serving<'_>, Failed> {
     // TLS, for us, by an identified client.
     let Some(identity) = &inbound.identity else {
         return Err(not_direct("this proxy has no identity")).at(Phase::Tls);
@@ -34,11 +35,11 @@ pub(super) async fn serve(
     let (sni, read) = select! {
         biased;
         hello = tls::client_hello(inbound, &mut io, inbound.cfg.detect_timeout) => hello.at(Phase::Detect)?,
-        () = drain.signaled() => return Ok(()),
+        () = drain.signaled() => return Ok(Box::pin(ready(Ok(())))),
     };
     match sni {
         Sni::Name(name) if name.eq_ignore_ascii_case(identity.server_name().as_str()) => {}
-        Sni::NotTls if read.is_empty() => return Ok(()), // Connected and left: a probe.
+        Sni::NotTls if read.is_empty() => return Ok(Box::pin(ready(Ok(())))), // Connected and left: a probe.
         Sni::Name(_) | Sni::NoName | Sni::NotTls | Sni::Incomplete => {
             return Err(not_direct("no mesh TLS")).at(Phase::Tls);
         }
@@ -76,12 +77,14 @@ pub(super) async fn serve(
         Session::Http2 => Version::H2,
     };
     let TransportHeader { port, name, session } = header;
-    match (name, session) {
+    let io = Box::new(io);
+    Ok(match (name, session) {
         (None, None) => {
-            opaque::forward(inbound, conn.for_port(inbound, port), opaque::Side::Other(Box::new(io)), None, drain).await
+            let conn = conn.for_port(inbound, port);
+            Box::pin(opaque::forward(inbound, conn, opaque::Side::Other(io), None, drain))
         }
         (None, Some(session)) => {
-            http::serve(inbound, conn.for_port(inbound, port), version(session), Box::new(io), drain).await
+            Box::pin(http::serve(inbound, conn.for_port(inbound, port), version(session), io, drain))
         }
         (Some(name), session) => {
             let target = Target::Name(name.into(), port);
@@ -92,12 +95,12 @@ pub(super) async fn serve(
             };
             match session {
                 Some(session) => {
-                    http::serve_gateway(inbound, conn, version(session), Box::new(io), gateway, target, drain).await
+                    Box::pin(http::serve_gateway(inbound, conn, version(session), io, gateway, target, drain))
                 }
-                None => opaque::gateway(inbound, conn, Box::new(io), gateway, target, drain).await,
+                None => Box::pin(opaque::gateway(inbound, conn, io, gateway, target, drain)),
             }
         }
-    }
+    })
 }
 
 /// The failure to say where to.

@@ -29,6 +29,7 @@ use crate::{
     transport::BoundListener,
 };
 use bytes::Bytes;
+use futures_util::future::{BoxFuture, ready};
 use linkerd_stack::drain;
 use linkerd_tls::identity::Reader;
 use std::{net::SocketAddr, sync::Arc};
@@ -119,33 +120,38 @@ impl Inbound {
         }
     }
 
-    /// The table of contents.
+    /// The table of contents. The stages are in boxes, so that a connection has memory for the stage that it is in, and
+    /// none for those behind it.
     async fn connection(self: &Arc<Self>, conn: Conn, io: TcpStream, drain: drain::Watch) -> Result<(), Failed> {
         if conn.direct {
-            return direct::serve(self, conn, io, drain).await;
+            return Box::pin(direct::accept(self, conn, io, drain)).await?.await;
         }
-        match tls::secure(self, conn, io, &drain).await? {
-            Secured::Plain(conn, io) => self.protocol(conn, io, drain).await,
-            Secured::Mesh(conn, io) => self.protocol(conn, io, drain).await,
+        let secured = Box::pin(tls::secure(self, conn, io, &drain));
+        let next: BoxFuture<'_, Result<Serving<'_>, Failed>> = match secured.await? {
+            Secured::Plain(conn, io) => Box::pin(self.protocol(conn, io, drain)),
+            Secured::Mesh(conn, io) => Box::pin(self.protocol(conn, io, drain)),
             Secured::Early(conn, io, app) => {
                 let client = opaque::Side::Tcp(Bytes::new(), io);
-                opaque::forward(self, conn, client, Some(app), drain).await
+                let serving: Serving<'_> = Box::pin(opaque::forward(self, conn, client, Some(app), drain));
+                Box::pin(ready(Ok(serving)))
             }
-            Secured::Gone => Ok(()),
-        }
+            Secured::Gone => return Ok(()),
+        };
+        next.await?.await
     }
 
+    /// Finds out what is spoken, and hands over to what serves that.
     async fn protocol<I: opaque::Stream>(
         self: &Arc<Self>,
         conn: Conn,
         io: I,
         drain: drain::Watch,
-    ) -> Result<(), Failed> {
-        match detect::protocol(self, &conn, io, &drain).await.at(Phase::Detect)? {
-            Protocol::Http(version, io) => http::serve(self, conn, version, Box::new(io), drain).await,
-            Protocol::Opaque(read, io, app) => opaque::forward(self, conn, io.side(read), app, drain).await,
-            Protocol::Gone => Ok(()),
-        }
+    ) -> Result<Serving<'_>, Failed> {
+        Ok(match Box::pin(detect::protocol(self, &conn, io, &drain)).await.at(Phase::Detect)? {
+            Protocol::Http(version, io) => Box::pin(http::serve(self, conn, version, Box::new(io), drain)),
+            Protocol::Opaque(read, io, app) => Box::pin(opaque::forward(self, conn, io.side(read), app, drain)),
+            Protocol::Gone => Box::pin(ready(Ok(()))),
+        })
     }
 
     /// Where a failed connection's error stops: it is counted and logged.
@@ -160,6 +166,9 @@ impl Inbound {
         }
     }
 }
+
+/// The last stage of a connection.
+type Serving<'a> = BoxFuture<'a, Result<(), Failed>>;
 
 /// Why a connection ended badly.
 #[derive(Debug)]

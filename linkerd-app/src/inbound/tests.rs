@@ -34,6 +34,18 @@ use tokio::{
 /// The port of the proxy itself.
 const OWN_PORT: u16 = 4143;
 
+/// Most bytes that an idle connection's task may hold: what a stage needs lies in a box of its own and is gone with it.
+const TASK: usize = 1536;
+
+#[test]
+fn a_connection_has_no_memory_for_stages_that_are_over() {
+    fn size<'a, F>(_: impl FnOnce(&'a Arc<Inbound>, Conn, TcpStream, drain::Watch) -> F) -> usize {
+        size_of::<F>()
+    }
+    let size = size(Inbound::serve_connection);
+    assert!(size <= TASK, "{size} bytes");
+}
+
 const SERVER: &str = "web.ns.serviceaccount.identity.linkerd.cluster.local";
 const PEER: &str = "peer.ns.serviceaccount.identity.linkerd.cluster.local";
 

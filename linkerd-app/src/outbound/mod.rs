@@ -40,6 +40,7 @@ use crate::{
     transport::{Accepted, BoundListener, Metered, orig_dst},
 };
 use ::http::{Request, Response};
+use futures_util::future::BoxFuture;
 use linkerd_stack::{
     BoxService, BoxedIo, PrefixedIo, drain,
     http::{Body, ServerConfig, Version, client::OnReplay, serve},
@@ -182,26 +183,30 @@ impl Outbound {
         drain: drain::Watch,
     ) -> Result<(), Error> {
         let counted = Metered::new((), self.accepted(target));
-        let Some(target) = target else { return self.explicit(io, client, counted, drain).await };
+        let Some(target) = target else { return Box::pin(self.explicit(io, client, counted, drain)).await };
         if self.rt.config.ingress_mode {
-            return self.ingress(io, client, counted, target, drain).await;
+            return Box::pin(self.ingress(io, client, counted, target, drain)).await;
         }
         let found = match self.discover.find(Target::Addr(target)).await {
             Ok(found) => found,
-            Err(error) => return self.unknown(io, client, counted, error, drain).await,
+            Err(error) => return Box::pin(self.unknown(io, client, counted, error, drain)).await,
         };
-        let spoken = protocol::decide(&self.rt, &found, &mut io).await;
-        match spoken.map_err(|error| error.during(Phase::Detect))? {
+        // In boxes, so that a connection has memory for the stage that it is in, and none for those behind it.
+        let spoken = Box::pin(protocol::decide(&self.rt, &found, &mut io)).await;
+        let serving: BoxFuture<'_, _> = match spoken.map_err(|error| error.during(Phase::Detect))? {
             Spoken::Http(version, read) => {
                 let routing = Routing::Fixed(Arc::new(found));
-                self.http(version, counted.around(PrefixedIo::new(read, io)), client, routing, drain).await
+                Box::pin(self.http(version, counted.around(PrefixedIo::new(read, io)), client, routing, drain))
             }
-            Spoken::Tls(sni, read) => {
+            Spoken::Tls(sni, read) => Box::pin(async move {
                 let route = found.tcp().get().route(Some(&sni))?;
                 route.forward(Client::Tcp(io, read, counted), None, Some(&sni)).await
+            }),
+            Spoken::Opaque(read, early) => {
+                Box::pin(async move { opaque(&found, Client::Tcp(io, read, counted), early).await })
             }
-            Spoken::Opaque(read, early) => opaque(&found, Client::Tcp(io, read, counted), early).await,
-        }
+        };
+        serving.await
     }
 
     /// A connection to a destination that could not be looked up. Clients that speak HTTP are told why; the connection
@@ -216,8 +221,8 @@ impl Outbound {
     ) -> Result<(), Error> {
         match protocol::http(UNKNOWN_DETECT.min(self.rt.config.detect_timeout), &mut io).await {
             Ok((Some(version), read)) => {
-                self.http(version, counted.around(PrefixedIo::new(read, io)), client, Routing::Unknown(error), drain)
-                    .await
+                let io = counted.around(PrefixedIo::new(read, io));
+                Box::pin(self.http(version, io, client, Routing::Unknown(error), drain)).await
             }
             Ok((None, _)) | Err(_) => Err(error),
         }
@@ -255,7 +260,7 @@ impl Outbound {
             return Err(Cause::BadRequest(why.into()).into());
         };
         let routing = Routing::Explicit(Named::new(self.discover.clone()));
-        self.http(version, counted.around(PrefixedIo::new(read, io)), client, routing, drain).await
+        Box::pin(self.http(version, counted.around(PrefixedIo::new(read, io)), client, routing, drain)).await
     }
 
     /// Ingress mode (behaviour.md D.15): always HTTP if it looks so, else opaque by the original destination.
@@ -271,7 +276,7 @@ impl Outbound {
         match protocol::ingress(&self.rt, find, &mut io).await? {
             Ingress::Http(version, read) => {
                 let routing = Routing::Ingress(Named::new(self.discover.clone()), Target::Addr(target));
-                self.http(version, counted.around(PrefixedIo::new(read, io)), client, routing, drain).await
+                Box::pin(self.http(version, counted.around(PrefixedIo::new(read, io)), client, routing, drain)).await
             }
             Ingress::Opaque(found, read, early) => opaque(&found, Client::Tcp(io, read, counted), early).await,
         }
@@ -321,7 +326,7 @@ impl gateway::Outbound for Outbound {
         self.http_for(target)
     }
 
-    fn opaque(&self, target: Target, io: BoxedIo) -> futures_util::future::BoxFuture<'static, Result<(), Error>> {
+    fn opaque(&self, target: Target, io: BoxedIo) -> BoxFuture<'static, Result<(), Error>> {
         let this = self.clone();
         Box::pin(async move { this.opaque_for(target, io).await })
     }

@@ -27,6 +27,18 @@ use tokio::{
 
 const MS: Duration = Duration::from_millis(1);
 
+/// Most bytes that an idle connection's task may hold: what a stage needs lies in a box of its own and is gone with it.
+const TASK: usize = 1280;
+
+#[test]
+fn a_connection_has_no_memory_for_stages_that_are_over() {
+    fn size<F>(_: impl FnOnce(Outbound, Accepted, drain::Watch) -> F) -> usize {
+        size_of::<F>()
+    }
+    let size = size(Outbound::connection);
+    assert!(size <= TASK, "{size} bytes");
+}
+
 /// A source that says what the test tells it.
 #[derive(Default)]
 struct Script {

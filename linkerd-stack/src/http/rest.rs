@@ -29,9 +29,9 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-/// A connection is quiet this long before it rests. Clients in the middle of their work ask again sooner; making a codec
-/// costs two microseconds, and a busy connection looks at its timer this often.
-pub(super) const QUIET: Duration = Duration::from_millis(250);
+/// A connection is quiet this long before it rests: longer than the pauses of a client in the middle of its work, since
+/// making a codec costs a microsecond or two, and short, since until then the buffers of all that come and go are held.
+pub(super) const QUIET: Duration = Duration::from_millis(100);
 
 /// What a connection's exchanges and its stream tell of themselves.
 #[derive(Debug, Default)]
@@ -198,6 +198,8 @@ impl<I: Io> Stream<I> {
     ) -> io::Result<Option<Self>> {
         let Self { io, activity, mut attention } = self;
         let (unread, mut io) = io.into_parts();
+        // An empty piece of the codec's buffer would keep the buffer.
+        let rest = Some(rest).filter(|rest| !rest.is_empty()).unwrap_or_default();
         let mut prefix = if unread.is_empty() { rest } else { [rest, unread].concat().into() };
         if prefix.is_empty() {
             prefix = poll_fn(|cx| {

@@ -177,8 +177,8 @@ where
     match version {
         Version::H1 => serve1(&http1(config), io, glue, &state, drained).await,
         Version::H2 => {
-            let conn = pin!(http2(config).serve_connection(TokioIo::new(io), glue));
-            run(conn, |conn| conn.graceful_shutdown(), &state, drained, None).await?;
+            let mut conn = Box::pin(http2(config).serve_connection(TokioIo::new(io), glue));
+            run(conn.as_mut(), |conn| conn.graceful_shutdown(), &state, drained, None).await?;
             Ok(())
         }
     }
@@ -206,10 +206,13 @@ where
             End::Closed => return Ok(()),
             End::Quiet => {}
         }
-        // None only of a connection that was upgraded, and that has no more requests.
-        let Some(parts) = conn.into_parts() else { return Ok(()) };
-        glue = parts.service;
-        match parts.io.into_inner().rest(parts.read_buf, drained.as_mut()).await.map_err(ServeError::Io)? {
+        let rest;
+        (rest, glue) = match conn.into_parts() {
+            Some(parts) => (parts.io.into_inner().rest(parts.read_buf, drained.as_mut()), parts.service),
+            // Of a connection that was upgraded, and that has no more requests.
+            None => return Ok(()),
+        };
+        match rest.await.map_err(ServeError::Io)? {
             Some(awake) => io = awake,
             None => return Ok(()),
         }

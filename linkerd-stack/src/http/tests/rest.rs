@@ -2,7 +2,12 @@
 //! with a buffer of its own, or the connection at rest.
 
 use super::*;
-use crate::{http::rest::QUIET, scratch::SCRATCH};
+use crate::{
+    http::rest::{QUIET, Stream},
+    scratch::SCRATCH,
+};
+use bytes::{Buf, Bytes};
+use futures_util::FutureExt;
 use std::{
     io,
     pin::Pin,
@@ -182,4 +187,24 @@ async fn rest_ends_with_the_client_or_the_drain() {
     conn.drain.drain().await;
     assert_eq!(read_all(&mut conn.io).await, "");
     conn.task.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn an_empty_remainder_keeps_no_buffer() {
+    struct Buffer {
+        _held: Arc<()>,
+    }
+    impl AsRef<[u8]> for Buffer {
+        fn as_ref(&self) -> &[u8] {
+            b"used"
+        }
+    }
+    let held = Arc::new(());
+    let mut rest = Bytes::from_owner(Buffer { _held: held.clone() });
+    rest.advance(4);
+    let (_near, far) = tokio::io::duplex(PIPE);
+    let forever = std::pin::pin!(std::future::pending());
+    let mut resting = Box::pin(Stream::new(far, Arc::default()).rest(rest, forever));
+    assert!(resting.as_mut().now_or_never().is_none());
+    assert_eq!(Arc::strong_count(&held), 1);
 }
