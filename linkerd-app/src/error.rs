@@ -2,8 +2,8 @@
 //!
 //! Everything that has to be decided from a failure (HTTP status, gRPC code, whether the client's connection is
 //! closed, metric labels, whether it is the endpoint's) is in one table, [`facts`], and the code that operators see in
-//! another, [`Code::of`]: matches over [`Cause`] without a wildcard, so that a new cause cannot be forgotten. Stages add what they know with [`Error::context`]; the chain is what
-//! `l5d-proxy-error` and the log show.
+//! another, [`Code::of`]: matches over [`Cause`] without a wildcard, so that a new cause cannot be forgotten. Stages add
+//! what they know with [`Error::context`]; the chain is what `l5d-proxy-error` and the log show.
 
 mod facts;
 

@@ -19,7 +19,7 @@ pub(crate) enum Command {
     Run(Run),
     /// Check folders of manifests and say what is wrong; exits with 1 if something is.
     Check(Check),
-    /// Make or look at the identity folder of a mesh without a cluster.
+    /// Make the identity folder of a mesh without a cluster.
     #[command(subcommand)]
     Identity(Identity),
     /// Redirect this network namespace's TCP traffic to the proxy with iptables.

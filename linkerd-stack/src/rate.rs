@@ -25,7 +25,7 @@ use std::{
 use tokio::time::Instant;
 
 /// Most keys of a keyed limiter that have buckets of their own: about 10 MiB with keys of 100 bytes. Further ones
-/// share a bucket until room is made.
+/// share a bucket, connections for as long as they last.
 pub const MAX_KEYS: usize = 65_536;
 
 /// Parts of a keyed limiter with locks of their own, so that connections that begin at once rarely wait for each other.

@@ -80,7 +80,15 @@ async fn start(policy: Arc<ServerPolicy>, identity: Option<Reader>) -> (SocketAd
     let options = options();
     let telemetry = options.telemetry.clone();
     let source = Arc::new(Fixed(policy));
-    let inbound = Inbound::new(&config.inbound, None, None, source, telemetry.clone(), AccessLog::off(), 4191);
+    let inbound = Inbound::new(
+        &config.inbound,
+        crate::gateway::tests::off(),
+        None,
+        source,
+        telemetry.clone(),
+        AccessLog::off(),
+        4191,
+    );
     let listen = config::Listen { addr: ([127, 0, 0, 1], 0).into(), ..config.admin.listen.clone() };
     let listener = transport::bind(&listen).unwrap();
     let addr = listener.local_addr();

@@ -213,6 +213,8 @@ impl App {
         let draining = watch::tasks(tasks, &telemetry);
 
         wait(&mut ask, &mut signals).await;
+        // Whoever asks again is told that it has been asked.
+        ask.close();
         draining.set(true);
         let started = Instant::now();
         let deadline = started + grace;

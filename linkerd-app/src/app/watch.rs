@@ -17,7 +17,7 @@ use std::{
     sync::Arc,
     time::{Duration, SystemTime},
 };
-use tokio::task::AbortHandle;
+use tokio::task::{AbortHandle, spawn_blocking};
 
 /// How often the workers are looked at.
 const WATCHDOG: Duration = Duration::from_secs(1);
@@ -76,7 +76,9 @@ pub(super) fn manifests(standalone: &Arc<Standalone>, telemetry: &Telemetry, pan
         loop {
             let Some(standalone) = weak.upgrade() else { return };
             let generation = progress.borrow_and_update().generation;
-            let (status, report) = (standalone.status(), standalone.report());
+            // A look at all objects, under locks that a reload holds: not for the worker of the traffic.
+            let looked = spawn_blocking(move || (standalone.status(), standalone.report())).await;
+            let Ok((status, report)) = looked else { return };
             if generation != loaded {
                 loaded = generation;
                 let objects = status.objects.values().sum::<usize>();
@@ -85,7 +87,6 @@ pub(super) fn manifests(standalone: &Arc<Standalone>, telemetry: &Telemetry, pan
             if !status.current {
                 metrics.refused(report.errors() as u64);
             }
-            drop(standalone);
             if progress.changed().await.is_err() {
                 return;
             }

@@ -59,7 +59,7 @@ pub fn facts(cause: &Cause) -> Facts {
         Cause::NoRoute => stays(S::NOT_FOUND, 5),
         Cause::Redirect { status, .. } => Facts { stream: None, ..stays(last(*status), 5) },
         Cause::InjectedHttp { status, .. } => Facts { stream: None, ..stays(last(*status), 9) },
-        Cause::InjectedGrpc { code, .. } => Facts { stream: None, ..stays(http_of_grpc(*code), *code) },
+        Cause::InjectedGrpc { code, .. } => Facts { stream: None, ..stays(S::OK, *code) },
         Cause::Unauthorized => stays(S::FORBIDDEN, 7),
         Cause::Forbidden(_) => Facts { route: RouteCloseError::Forbidden, ..stays(S::FORBIDDEN, 7) },
         Cause::RateLimited { .. } => stays(S::TOO_MANY_REQUESTS, 8),
@@ -139,23 +139,6 @@ fn stream_of(reason: h2::Reason) -> StreamError {
         h2::Reason::REFUSED_STREAM => StreamError::Refused,
         h2::Reason::ENHANCE_YOUR_CALM => StreamError::EnhanceYourCalm,
         _ => StreamError::Reset,
-    }
-}
-
-/// The HTTP status that says the same as a gRPC code (google.rpc.Code), for callers that do not speak gRPC.
-fn http_of_grpc(code: u16) -> StatusCode {
-    match code {
-        0 => StatusCode::OK,
-        3 | 9 | 11 => StatusCode::BAD_REQUEST,
-        4 => StatusCode::GATEWAY_TIMEOUT,
-        5 => StatusCode::NOT_FOUND,
-        6 | 10 => StatusCode::CONFLICT,
-        7 => StatusCode::FORBIDDEN,
-        8 => StatusCode::TOO_MANY_REQUESTS,
-        12 => StatusCode::NOT_IMPLEMENTED,
-        14 => StatusCode::SERVICE_UNAVAILABLE,
-        16 => StatusCode::UNAUTHORIZED,
-        _ => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
 

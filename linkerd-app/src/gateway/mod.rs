@@ -39,9 +39,14 @@ struct Inner {
 }
 
 impl Gateway {
-    /// A gateway for the configured names; none if there are none. `id` is the own identity.
-    pub fn new(cfg: &config::Gateway, id: Id, outbound: Arc<dyn Outbound>) -> Option<Self> {
-        (!cfg.suffixes.0.is_empty()).then(|| Self(Arc::new(Inner { cfg: cfg.clone(), id, outbound })))
+    /// A gateway for the configured names; without any, it refuses all. `id` is the own identity.
+    pub fn new(cfg: &config::Gateway, id: Id, outbound: Arc<dyn Outbound>) -> Self {
+        Self(Arc::new(Inner { cfg: cfg.clone(), id, outbound }))
+    }
+
+    /// Whether there are names that it serves.
+    pub fn is_on(&self) -> bool {
+        !self.0.cfg.suffixes.0.is_empty()
     }
 
     /// Whether a target is served at all.
@@ -51,6 +56,8 @@ impl Gateway {
     pub fn check(&self, target: &Target) -> Result<(), Error> {
         match target {
             Target::Name(name, _) if self.0.cfg.suffixes.matches(name) => Ok(()),
+            Target::Name(..) | Target::Addr(_) if !self.is_on() => Err(Error::new(Cause::GatewayDomain)
+                .context(format!("{target}: gateway mode is off (LINKERD2_PROXY_INBOUND_GATEWAY_SUFFIXES)"))),
             Target::Name(..) | Target::Addr(_) => Err(Error::new(Cause::GatewayDomain).context(target.to_string())),
         }
     }
@@ -132,7 +139,7 @@ fn passed(own: &str, headers: &HeaderMap) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use parking_lot::Mutex;
 
@@ -159,7 +166,7 @@ mod tests {
 
     fn gateway(seen: &Arc<Mutex<Vec<Request<Body>>>>) -> Gateway {
         let cfg = config::Gateway { suffixes: config::Suffixes(vec!["svc.cluster.local.".into()]) };
-        Gateway::new(&cfg, id("gw.ns"), Arc::new(Sink(seen.clone()))).unwrap()
+        Gateway::new(&cfg, id("gw.ns"), Arc::new(Sink(seen.clone())))
     }
 
     async fn send(name: &str, client: &str, forwarded: &[&str]) -> (Result<(), Cause>, Vec<Request<Body>>) {
@@ -174,9 +181,16 @@ mod tests {
         (result, seen)
     }
 
+    /// A gateway for no names.
+    pub(crate) fn off() -> Gateway {
+        Gateway::new(&config::Gateway::default(), id("gw.ns"), Arc::new(Sink::default()))
+    }
+
     #[test]
-    fn without_names_there_is_no_gateway() {
-        assert!(Gateway::new(&config::Gateway::default(), id("gw.ns"), Arc::new(Sink::default())).is_none());
+    fn without_names_all_are_refused() {
+        let error = off().check(&Target::Name("web.ns.svc.cluster.local".into(), 80)).unwrap_err();
+        assert_eq!(*error.cause(), Cause::GatewayDomain);
+        assert!(error.to_string().contains("LINKERD2_PROXY_INBOUND_GATEWAY_SUFFIXES"), "{error}");
     }
 
     #[tokio::test]

@@ -222,7 +222,7 @@ mod tests {
         check(Cause::Redirect { status: StatusCode::FOUND, location }, 302, 5, false);
         check(Cause::InjectedHttp { status: StatusCode::IM_A_TEAPOT, message: text.clone() }, 418, 9, false);
         check(Cause::InjectedHttp { status: StatusCode::CONTINUE, message: text.clone() }, 500, 9, false);
-        check(Cause::InjectedGrpc { code: 7, message: text.clone() }, 403, 7, false);
+        check(Cause::InjectedGrpc { code: 7, message: text.clone() }, 200, 7, false);
         check(Cause::Unauthorized, 403, 7, false);
         check(Cause::RateLimited { scope: RateLimitScope::Total, rps: 1, retry_after: S }, 429, 8, false);
         check(Cause::Forbidden(text.clone()), 403, 7, false);

@@ -87,12 +87,7 @@ pub(super) async fn accept(
             Box::pin(http::serve(inbound, conn.for_port(inbound, port), version(session), io, drain))
         }
         (Some(name), session) => {
-            let target = Target::Name(name.into(), port);
-            let Some(gateway) = &inbound.gateway else {
-                return Err(Error::new(Cause::GatewayDomain)
-                    .context(format!("{target}: gateway mode is off (LINKERD2_PROXY_INBOUND_GATEWAY_SUFFIXES)")))
-                .at(Phase::Policy);
-            };
+            let (target, gateway) = (Target::Name(name.into(), port), &inbound.gateway);
             match session {
                 Some(session) => {
                     Box::pin(http::serve_gateway(inbound, conn, version(session), io, gateway, target, drain))

@@ -45,7 +45,7 @@ pub struct Inbound {
     identity: Option<Reader>,
     guard: Arc<http::Guard>,
     locals: Locals,
-    gateway: Option<Gateway>,
+    gateway: Gateway,
     telemetry: Telemetry,
     early_dials: Arc<Semaphore>,
 }
@@ -55,7 +55,7 @@ impl Inbound {
     /// an identity, no TLS is terminated.
     pub fn new(
         cfg: &config::Inbound,
-        gateway: Option<Gateway>,
+        gateway: Gateway,
         identity: Option<Reader>,
         source: Arc<dyn Source>,
         telemetry: Telemetry,
@@ -63,7 +63,7 @@ impl Inbound {
         admin_port: u16,
     ) -> Arc<Self> {
         let own = cfg.listen.addr.port();
-        let pinned = cfg.ports.iter().copied().chain([admin_port]).chain(gateway.is_some().then_some(own));
+        let pinned = cfg.ports.iter().copied().chain([admin_port]).chain(gateway.is_on().then_some(own));
         let ports = policy::Ports::new(source.clone(), cfg.discovery_idle_timeout, pinned);
         Arc::new(Self {
             guard: Arc::new(http::Guard::new(cfg, &source, ports, telemetry.clone(), access)),

@@ -122,10 +122,11 @@ struct Proxy {
 impl Proxy {
     /// A proxy whose port `port` has this policy.
     fn new(port: u16, policy: ServerPolicy) -> Self {
-        Self::with(port, policy, config(), None)
+        Self::with(port, policy, config(), config::Gateway::default())
     }
 
-    fn with(port: u16, policy: ServerPolicy, cfg: config::Inbound, gateway: Option<Gateway>) -> Self {
+    fn with(port: u16, policy: ServerPolicy, cfg: config::Inbound, gateway: config::Gateway) -> Self {
+        let gateway = Gateway::new(&gateway, SERVER.parse().unwrap(), Arc::new(Elsewhere));
         let source = Arc::new(Fixed::default());
         for other in [OWN_PORT, 4191] {
             source.set(other, detect(vec![anybody()]));
@@ -500,7 +501,7 @@ async fn http_2_to_a_dead_application_waits_then_fails_fast() {
     let mut cfg = config();
     // Longer than the test: otherwise a slow machine sees the probe after it.
     (cfg.connect.backoff.min, cfg.connect.backoff.max) = (Duration::from_secs(60), Duration::from_secs(60));
-    let proxy = Proxy::with(app.port(), detect(vec![anybody()]), cfg, None);
+    let proxy = Proxy::with(app.port(), detect(vec![anybody()]), cfg, config::Gateway::default());
     let get = async || {
         let mut client = h2(proxy.connect(app).await).await;
         client.send_request(h2_get("/").body(Body::empty()).unwrap()).await.unwrap().status()
@@ -703,8 +704,7 @@ impl gateway::Outbound for Elsewhere {
 #[tokio::test]
 async fn the_gateway_passes_named_targets_on() {
     let cfg = config::Gateway { suffixes: config::Suffixes(vec!["svc.cluster.local.".into()]) };
-    let gateway = Gateway::new(&cfg, SERVER.parse().unwrap(), Arc::new(Elsewhere));
-    let proxy = Proxy::with(80, detect(vec![anybody()]), config(), gateway);
+    let proxy = Proxy::with(80, detect(vec![anybody()]), config(), cfg);
     proxy.source.set(OWN_PORT, detect(vec![meshed()]));
     let ip = [127, 0, 0, 1].into();
     let header = |name: &str, session| TransportHeader { port: 8080, name: Some(name.into()), session };
@@ -732,7 +732,7 @@ async fn the_gateway_passes_named_targets_on() {
 async fn destinations_that_are_not_ours_are_refused() {
     let app = echo().await;
     let cfg = config::Inbound { ips: Arc::new([[10, 0, 0, 1].into()].into()), ..config() };
-    let proxy = Proxy::with(app.port(), detect(vec![anybody()]), cfg, None);
+    let proxy = Proxy::with(app.port(), detect(vec![anybody()]), cfg, config::Gateway::default());
     let client = ([10, 0, 0, 9], 1234).into();
     let error = accept::conn(&proxy.inbound, client, app).err().unwrap();
     assert_eq!(*error.cause(), Cause::Loop(app));
@@ -801,7 +801,7 @@ async fn servers_of_the_proxy_itself_are_guarded_alike() {
 async fn service_profiles_judge_and_label_but_never_route() {
     let app = echo().await;
     let cfg = config::Inbound { profile_suffixes: config::Suffixes(vec!["test.".into()]), ..config() };
-    let proxy = Proxy::with(app.port(), detect(vec![anybody()]), cfg, None);
+    let proxy = Proxy::with(app.port(), detect(vec![anybody()]), cfg, config::Gateway::default());
     let route = |path: &str, name: &str, classes| ProfileRoute {
         condition: RequestCondition::Path(regex::Regex::new(&format!("^(?:{path})$")).unwrap()),
         classes,

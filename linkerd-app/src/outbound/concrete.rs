@@ -30,7 +30,7 @@ use std::{
 use tokio::{
     sync::mpsc,
     task::AbortHandle,
-    time::{Instant, sleep, timeout_at},
+    time::{Instant, sleep, sleep_until, timeout_at},
 };
 
 /// Weight of a replica to which discovery gives none (resources.md: Linkerd's plain weight).
@@ -48,8 +48,8 @@ const REFUSED_FOR: Duration = Duration::from_secs(10);
 /// Where the doubling ends.
 const REFUSED_FOR_MAX: Duration = Duration::from_secs(600);
 
-/// How often replicas are looked at for that.
-const LOOK: Duration = Duration::from_secs(2);
+/// How often replicas are looked at for that, once so much time has passed.
+const LOOK: Duration = Duration::from_secs(5);
 
 /// After discovery was asked anew, its messages are gathered for this long before they replace what was known: the members
 /// of a federated service come in several, and those that are in use must not be gone in between.
@@ -172,7 +172,8 @@ impl<E: Replica> Replicas<E> {
     /// A replica, waiting in the queue if none is ready (behaviour.md D.8).
     ///
     /// # Errors
-    /// [`Cause::FailFast`] and [`Cause::LoadShed`], which say what was lacking, or [`Cause::Unexpected`] if discovery gave the name up.
+    /// [`Cause::FailFast`] and [`Cause::LoadShed`], which say what was lacking, or [`Cause::Unexpected`] if discovery gave
+    /// the name up.
     pub(super) async fn acquire(&self) -> Result<Picked<SocketAddr, Arc<E>>, Error> {
         self.balance.acquire().await.map_err(|error| match error {
             NotReady::FailFast(_) => self.explain(Cause::FailFast),
@@ -282,7 +283,7 @@ async fn drive<E: Replica>(
                 anew = true;
                 continue;
             }
-            endpoint = refusing(&balance, asked, patience.mul_f64(jitter)) => {
+            endpoint = refusing(&balance, &known, asked, patience.mul_f64(jitter)) => {
                 tracing::info!(%discovery, %endpoint, "an endpoint keeps refusing connections; asking discovery again");
                 updates = resolve();
                 anew = true;
@@ -351,18 +352,21 @@ async fn gather(first: Vec<Endpoint>, updates: &mut mpsc::Receiver<Update>) -> U
 
 /// Ends with the address of a replica that could not be connected to for `patience`, at least that long after discovery
 /// was `asked`.
-async fn refusing<E: Replica>(balance: &Balance<SocketAddr, Arc<E>>, asked: Instant, patience: Duration) -> SocketAddr {
+async fn refusing<E: Replica>(
+    balance: &Balance<SocketAddr, Arc<E>>,
+    known: &BTreeMap<SocketAddr, Arc<EndpointMeta>>,
+    asked: Instant,
+    patience: Duration,
+) -> SocketAddr {
+    sleep_until(asked + patience).await;
     loop {
-        sleep(LOOK).await;
-        if asked.elapsed() < patience {
-            continue;
-        }
-        let refused = |addr: &SocketAddr| {
+        let refused = |addr: &&SocketAddr| {
             balance.get(addr).and_then(|replica| replica.refused_for()).is_some_and(|refused| refused >= patience)
         };
-        if let Some(status) = balance.status().into_iter().find(|status| refused(&status.key)) {
-            return status.key;
+        if let Some(addr) = known.keys().find(refused) {
+            return *addr;
         }
+        sleep(LOOK).await;
     }
 }
 

@@ -52,8 +52,8 @@ struct Failing {
     error: Error,
     /// The first failure since a success.
     since: Instant,
-    /// Failures since then.
-    attempts: u32,
+    /// The latest.
+    last: Instant,
 }
 
 /// A connection to a replica.
@@ -133,8 +133,8 @@ impl Connector {
         let result = result.map_err(|error| error.during(phase));
         let mut failure = self.0.failure.lock();
         *failure = result.as_ref().err().map(|error| {
-            let (since, attempts) = failure.as_ref().map_or((Instant::now(), 0), |f| (f.since, f.attempts));
-            Failing { error: error.clone(), since, attempts: attempts.saturating_add(1) }
+            let last = Instant::now();
+            Failing { error: error.clone(), since: failure.as_ref().map_or(last, |f| f.since), last }
         });
         drop(failure);
         result
@@ -145,10 +145,10 @@ impl Connector {
         self.0.failure.lock().as_ref().map(|failing| failing.error.clone())
     }
 
-    /// How long no attempt has succeeded, if at least two failed meanwhile: one may be bad luck.
+    /// From the first to the last of the failed attempts, if there is one and none has succeeded since: time without
+    /// attempts says nothing.
     pub(super) fn refused_for(&self) -> Option<Duration> {
-        let failure = self.0.failure.lock();
-        failure.as_ref().filter(|failing| failing.attempts >= 2).map(|failing| failing.since.elapsed())
+        self.0.failure.lock().as_ref().map(|failing| failing.last - failing.since)
     }
 
     /// Sets `handshaking` while the TLS handshake is under way.

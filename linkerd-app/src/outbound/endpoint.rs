@@ -289,7 +289,8 @@ fn send_error(error: SendError<Error>) -> Error {
         // What a refused stream says: it may be sent again without harm.
         SendError::Unprocessed(message) => Error::new(Cause::Http2Reset(h2::Reason::REFUSED_STREAM)).context(message),
         SendError::RequestBody(_) => Cause::Canceled.into(),
-        SendError::Invalid(message) => Cause::BadRequest(message).into(),
+        // Whether the request or the response can't be, it is between the proxy and the endpoint.
+        SendError::Invalid(message) => Cause::Io { errno: None, message }.into(),
     }
 }
 

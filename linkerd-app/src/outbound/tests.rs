@@ -343,6 +343,51 @@ async fn refused_connections_are_answers_of_the_endpoint() {
     assert!(reason(&rsp).starts_with(&format!("endpoint {gone}: ")), "{}", reason(&rsp));
 }
 
+/// What the replica says is no HTTP; that is not the client's fault.
+#[tokio::test(start_paused = true)]
+async fn malformed_responses_are_failures_of_the_endpoint() {
+    let w = world();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut io, _)) = listener.accept().await {
+            let _ = io.read(&mut [0; 1024]).await;
+            let _ = io.write_all(b"SSH-2.0-OpenSSH\r\n\r\n").await;
+        }
+    });
+    w.serve("a", &[addr]).await;
+    w.script.set_policy(name("web"), policy(vec![to("a")]));
+    let rsp = w.send(get("/")).await;
+    assert_eq!(rsp.status(), StatusCode::BAD_GATEWAY);
+    assert!(reason(&rsp).starts_with(&format!("endpoint {addr}: ")), "{}", reason(&rsp));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reset_in_a_grpc_response_stays_a_reset() {
+    let w = world();
+    let addr = app(|_| async {
+        let frames = [
+            Ok(http_body::Frame::data("part".into())),
+            Err(linkerd_stack::http::BodyError::Reset(h2::Reason::CANCEL.into())),
+        ];
+        let frames = futures_util::StreamExt::then(futures_util::stream::iter(frames), |frame| async {
+            tokio::time::sleep(100 * MS).await;
+            frame
+        });
+        let mut rsp = Response::new(Body::new(http_body_util::StreamBody::new(Box::pin(frames))));
+        rsp.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+        rsp
+    });
+    w.serve("a", &[addr.await]).await;
+    w.script.set_policy(name("web"), policy(vec![to("a")]));
+    let mut req = get("/a.B/C");
+    *req.version_mut() = ::http::Version::HTTP_2;
+    req.headers_mut().remove("host");
+    req.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+    let error = w.send(req).await.into_body().collect().await.unwrap_err();
+    assert_eq!(error.reset(), Some(h2::Reason::CANCEL));
+}
+
 #[tokio::test(start_paused = true)]
 async fn request_timeouts_cover_headers_and_body() {
     let w = world();

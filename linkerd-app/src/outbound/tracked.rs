@@ -304,7 +304,8 @@ impl Tracked {
         };
         let error = Error::new(cause);
         tracing::debug!(%error, "response body failed");
-        match self.rescue.take() {
+        // A reset stays a reset: its reason is what the client's library makes a code of.
+        match self.rescue.take().filter(|_| reset.is_none()) {
             Some(rescue) => Some(Ok(Frame::trailers(rescue.trailers(&error)))),
             None => Some(Err(match reset {
                 Some(reason) => BodyError::Reset(reason.into()),

@@ -189,7 +189,7 @@ impl Taps {
 
 impl Tap {
     fn tell(&self, event: TapEvent) {
-        if self.events.try_send(event).is_err() {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.events.try_send(event) {
             self.lost.fetch_add(1, Relaxed);
         }
     }

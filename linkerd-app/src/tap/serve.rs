@@ -16,12 +16,16 @@ use linkerd2_proxy_api::tap::{
     ObserveRequest,
     tap_server::{Tap, TapServer},
 };
-use std::{convert::Infallible, sync::Arc};
+use std::{convert::Infallible, sync::Arc, time::Duration};
+use tokio::time::timeout;
 use tonic::Status;
 use tower::Service as _;
 
 /// Connections at a time; more are closed. The one client that may tap needs one.
 const MAX_CONNECTIONS: usize = 64;
+
+/// Who may not tap is told so, and then has no place here any more.
+const REFUSAL: Duration = Duration::from_secs(2);
 
 /// Largest request, bytes: far more conditions than an operator's tool writes.
 const MAX_REQUEST: usize = 64 * 1024;
@@ -53,7 +57,7 @@ impl Server {
         let (tls, io) = own::secure(accepted.io, Some(&self.identity)).await?;
         let refusal = refusal(&tls, &self.client);
         if let Some(why) = refusal {
-            tracing::info!(client = %accepted.client, identity = ?tls.client_id().map(Id::as_str), why, "refused a tap");
+            tracing::debug!(client = %accepted.client, identity = ?tls.client_id().map(Id::as_str), why, "refused a tap");
         }
         let observer = Arc::new(Observer { taps: self.taps.clone(), refusal });
         let service = BoxService::from_fn(move |req: Request<Body>| {
@@ -63,7 +67,11 @@ impl Server {
                 Ok(rsp.map(|body| Body::new(body.map_err(BodyError::other))))
             }
         });
-        Ok(linkerd_stack::http::serve(&self.http, Version::H2, io, service, drain).await?)
+        let served = linkerd_stack::http::serve(&self.http, Version::H2, io, service, drain);
+        match refusal {
+            None => Ok(served.await?),
+            Some(_) => Ok(timeout(REFUSAL, served).await.unwrap_or(Ok(()))?),
+        }
     }
 }
 

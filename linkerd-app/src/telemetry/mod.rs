@@ -4,8 +4,8 @@
 //! of one label set are the same cells. A scrape prints the older dialect from these cells directly and the newer one through
 //! a prometheus-client registry whose collectors read the same cells; then it drops what has been idle for long.
 //!
-//! Left out: `tokio_rt_*`, which needs tokio's unstable build, and `stack_*`, which describes layers that this proxy does not
-//! have. No shipped query reads either.
+//! Left out: those `tokio_rt_*` that need tokio's unstable build, and `stack_*`, which describes layers that this proxy does
+//! not have. No shipped query reads either.
 
 pub mod access;
 mod authz;

@@ -153,6 +153,11 @@ mod tests {
         let socket = SockRef::from(&accepted.io);
         assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
         assert_eq!(socket.tcp_user_timeout().unwrap(), Some(Duration::from_secs(30)));
+
+        // Peers are looked after, by the system's times, where no time is set.
+        let listener = bind(&config::Listen { keepalive: None, ..loopback(0) }).unwrap();
+        let _client = TcpStream::connect(listener.local_addr()).await.unwrap();
+        assert!(SockRef::from(&listener.accept().await.io).keepalive().unwrap());
     }
 
     #[tokio::test]

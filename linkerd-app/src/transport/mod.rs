@@ -43,6 +43,7 @@ pub fn io_failure(error: &io::Error) -> Error {
 /// TCP_NODELAY always (behaviour.md 0.2); keepalive and user timeout where configured.
 fn set_options(socket: &SockRef<'_>, keepalive: Option<Duration>, user_timeout: Option<Duration>) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
+    socket.set_keepalive(true)?;
     if let Some(idle) = keepalive {
         socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(idle))?;
     }

@@ -13,13 +13,11 @@ use tokio::{net::TcpStream, sync::Semaphore, time::timeout};
 
 /// Wait for the first bytes (behaviour.md C.13, F.1).
 pub const DETECT: Duration = Duration::from_secs(1);
-/// A handshake takes a few round trips; a client that is slower holds one of the server's connections.
-const HANDSHAKE: Duration = Duration::from_secs(10);
 
 /// Why a connection was closed before a request.
 #[derive(Debug, thiserror::Error)]
 pub enum Closed {
-    /// No first bytes, or no end of the handshake, in time.
+    /// No first bytes in time.
     #[error("nothing came within {DETECT:?}")]
     Silent,
     /// TLS for somebody else.
@@ -84,8 +82,7 @@ pub async fn secure(mut io: TcpStream, identity: Option<&Reader>) -> Result<(Cli
         (Sni::Name(name), Some(identity))
             if identity.is_ready() && name.eq_ignore_ascii_case(identity.server_name().as_str()) =>
         {
-            let accepted = timeout(HANDSHAKE, identity.accept(io, Alpn::None)).await;
-            let (accepted, io) = accepted.map_err(|_| Closed::Silent)??;
+            let (accepted, io) = identity.accept(io, Alpn::None).await?;
             Ok((ClientTls::Terminated(accepted.client_id), Box::new(io)))
         }
         (Sni::Name(name), _) => Err(Closed::ForeignTls(name)),

@@ -303,6 +303,8 @@ where
 {
     let waker = Waker::from(state.clone());
     let mut rests = rests.map(|activity| (activity, Timer::new(activity)));
+    // Whatever waited for the drain before, be it a connection at rest, did so with another waker.
+    state.woken.store(true, Ordering::SeqCst);
     let mut registered: Option<Waker> = None;
     let mut shut = false;
     poll_fn(|cx| {

@@ -199,8 +199,11 @@ impl Shared {
 
     /// Replicas came, went, connected or disconnected.
     fn changed(&self) {
-        let up = self.replicas.status().iter().any(|replica| replica.ready);
-        self.connected.send_if_modified(|was| std::mem::replace(was, up) != up);
+        // Looked at under the channel's lock, so that of two that tell at once the later has the last word.
+        self.connected.send_if_modified(|was| {
+            let up = self.replicas.status().iter().any(|replica| replica.ready);
+            std::mem::replace(was, up) != up
+        });
     }
 
     fn trouble(&self, why: &str) {

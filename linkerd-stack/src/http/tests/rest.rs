@@ -189,6 +189,25 @@ async fn rest_ends_with_the_client_or_the_drain() {
     conn.task.await.unwrap().unwrap();
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_has_rested_hears_of_the_drain() {
+    let slow = service(|_| async {
+        tokio::time::sleep(QUIET * 2).await;
+        Ok(Response::new(Body::full("\"\"")))
+    });
+    let mut conn = Connection::open(slow, PIPE);
+    conn.get().await;
+    quiet().await;
+    conn.rests(true);
+    conn.write("GET /a HTTP/1.1\r\nHost: web\r\n\r\n").await;
+    tokio::time::sleep(QUIET).await;
+    let drained = tokio::spawn(conn.drain.drain());
+    let rsp = read_all(&mut conn.io).await;
+    assert!(rsp.contains("connection: close") && rsp.ends_with("\"\""), "{rsp}");
+    conn.task.await.unwrap().unwrap();
+    drained.await.unwrap();
+}
+
 #[tokio::test]
 async fn an_empty_remainder_keeps_no_buffer() {
     struct Buffer {
