@@ -49,7 +49,7 @@ const REFUSED_FOR: Duration = Duration::from_secs(10);
 const REFUSED_FOR_MAX: Duration = Duration::from_secs(600);
 
 /// How often replicas are looked at for that, once so much time has passed.
-const LOOK: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_secs(2);
 
 /// After discovery was asked anew, its messages are gathered for this long before they replace what was known: the members
 /// of a federated service come in several, and those that are in use must not be gone in between.
