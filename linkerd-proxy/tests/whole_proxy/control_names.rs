@@ -82,9 +82,17 @@ async fn streams_are_spread_over_replicas_and_outlive_one() {
     for n in 1..=6 {
         assert_eq!(mesh.get(mesh.service(n)).await, StatusCode::OK);
     }
+    // Which of two idle replicas takes a stream is drawn: so many that both must have had some of each kind.
+    let kinds = ["OutboundPolicies/Watch", "Destination/Get"];
+    let shared = || kinds.iter().all(|kind| mesh.control.calls(kind) > 0 && other.calls(kind) > 0);
+    for n in 100..200 {
+        if shared() {
+            break;
+        }
+        assert_eq!(mesh.get(mesh.service(n)).await, StatusCode::OK);
+    }
+    assert!(shared());
     for replica in [&mesh.control, &other] {
-        assert!(replica.calls("OutboundPolicies/Watch") >= 2, "{}", replica.calls("OutboundPolicies/Watch"));
-        assert!(replica.calls("Destination/Get") >= 2, "{}", replica.calls("Destination/Get"));
         assert!(replica.clients().contains(&Some(identity_of("client"))), "{:?}", replica.clients());
     }
     // Before its first certificate the proxy had nothing to show.
