@@ -17,10 +17,10 @@ use super::{
     ControlService, Observer,
     stream::{AbortOnDrop, random},
 };
-use crate::config;
+use crate::{config, http::classify::grpc_status};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use http::{HeaderMap, Request, Response, Uri};
+use http::{Request, Response, Uri};
 use http_body::{Body, Frame};
 use linkerd_stack::balance::{self, Balance, LoadHandle, Member, NotReady};
 use parking_lot::Mutex;
@@ -331,10 +331,6 @@ impl Body for ResponseBody {
     fn size_hint(&self) -> http_body::SizeHint {
         self.inner.size_hint()
     }
-}
-
-fn grpc_status(headers: &HeaderMap) -> Option<u16> {
-    headers.get("grpc-status")?.to_str().ok()?.parse().ok()
 }
 
 #[cfg(test)]
