@@ -109,18 +109,9 @@ struct Inner {
     transport_headers: Arc<Store<Counter>>,
     tcp_routes: Arc<Store<ConnRouteMetrics>>,
     tls_routes: Arc<Store<ConnRouteMetrics>>,
-    identity: Arc<IdentityMetrics>,
-    dns: Arc<DnsMetrics>,
-    manifests: Arc<ManifestMetrics>,
-    terminations: Arc<termination::Terminations>,
+    singles: Singles,
     /// Set once the time for draining is over.
     cut: AtomicBool,
-    /// Inbound, outbound.
-    replays: [Arc<Counter>; 2],
-    tls_info: Arc<OnceLock<TlsInfo>>,
-    runtime: Arc<OnceLock<RuntimeMetrics>>,
-    health: Arc<Health>,
-    access_log_drops: Arc<Counter>,
     taps: Taps,
     /// Of the newer dialect.
     registry: Registry,
@@ -171,62 +162,68 @@ pub struct SpanMetrics {
     pub dropped: Arc<Counter>,
 }
 
+/// What the process has one of, whatever its label sets. Clones are the same.
+#[derive(Clone, Default)]
+struct Singles {
+    identity: Arc<IdentityMetrics>,
+    dns: Arc<DnsMetrics>,
+    manifests: Arc<ManifestMetrics>,
+    terminations: Arc<termination::Terminations>,
+    /// Inbound, outbound.
+    replays: [Arc<Counter>; 2],
+    tls_info: Arc<OnceLock<TlsInfo>>,
+    runtime: Arc<OnceLock<RuntimeMetrics>>,
+    health: Arc<Health>,
+    access_log_drops: Arc<Counter>,
+}
+
+impl Singles {
+    /// Shows them to scrapes, and to those who ask for the proxy's health.
+    fn collect(&self, registry: &mut Registry) {
+        let process = Process::new();
+        collect(registry, move |out| process.encode(out));
+        let this = self.clone();
+        collect(registry, move |out| this.encode(out));
+
+        self.health.add(Condition::BoundExhausted, process::descriptors_low);
+        let lost = self.access_log_drops.clone();
+        self.health.add(Condition::BoundExhausted, move || {
+            let lost = lost.get();
+            (lost > 0).then(|| format!("the access log lost {lost} lines: standard error is read too slowly"))
+        });
+    }
+
+    fn encode(&self, out: &mut Encoder<'_, '_>) -> fmt::Result {
+        build_info(out)?;
+        self.tls_info.get().map_or(Ok(()), |tls| tls.encode(out))?;
+        self.runtime.get().map_or(Ok(()), |metrics| runtime::encode(metrics, out))?;
+        self.identity.encode(out)?;
+        self.dns.encode(out)?;
+        self.manifests.encode(out)?;
+        self.terminations.encode(out)?;
+        out.counter(
+            "http_replayed_requests",
+            None,
+            "Requests sent once more because the peer provably had not processed them",
+            ["inbound", "outbound"].iter().zip(&self.replays).map(|(d, n)| (Sample::of("direction", d), n.get())),
+        )?;
+        self.health.encode(out)?;
+        let help = "Lines that did not fit into the access log's queue";
+        out.counter("access_log_dropped_lines", None, help, [(Sample::NONE, self.access_log_drops.get())])
+    }
+}
+
 impl Telemetry {
     /// Families with nothing in them yet.
     pub fn new(config: config::Metrics) -> Self {
         let limit = config.max_series.get();
         let mut registry = Registry::default();
+        let singles = Singles::default();
+        singles.collect(&mut registry);
         let conns = Arc::new(Store::new("tcp", limit));
         let gone_zones: Arc<Mutex<Zones>> = Arc::default();
-        let identity: Arc<IdentityMetrics> = Arc::default();
-        let dns: Arc<DnsMetrics> = Arc::default();
-        let manifests: Arc<ManifestMetrics> = Arc::default();
-        let terminations = Arc::new(termination::Terminations::new());
-        let tls_info: Arc<OnceLock<TlsInfo>> = Arc::default();
-        let replays: [Arc<Counter>; 2] = Default::default();
-
-        let process = Process::new();
-        collect(&mut registry, move |out| process.encode(out));
-        collect(&mut registry, build_info);
-        let tls = tls_info.clone();
-        collect(&mut registry, move |out| tls.get().map_or(Ok(()), |tls| tls.encode(out)));
-        let runtime: Arc<OnceLock<RuntimeMetrics>> = Arc::default();
-        let of = runtime.clone();
-        collect(&mut registry, move |out| of.get().map_or(Ok(()), |metrics| runtime::encode(metrics, out)));
-        let of = identity.clone();
-        collect(&mut registry, move |out| of.encode(out));
-        let of = dns.clone();
-        collect(&mut registry, move |out| of.encode(out));
-        let of = manifests.clone();
-        collect(&mut registry, move |out| of.encode(out));
-        let of = terminations.clone();
-        collect(&mut registry, move |out| of.encode(out));
-        let of = replays.clone();
-        collect(&mut registry, move |out| {
-            out.counter(
-                "http_replayed_requests",
-                None,
-                "Requests sent once more because the peer provably had not processed them",
-                ["inbound", "outbound"].iter().zip(&of).map(|(d, n)| (Sample::of("direction", d), n.get())),
-            )
-        });
         let (of, gone) = (conns.clone(), gone_zones.clone());
         collect(&mut registry, move |out| transfer_cost(out, &of, &gone));
-
-        let health: Arc<Health> = Arc::default();
-        let of = health.clone();
-        collect(&mut registry, move |out| of.encode(out));
-        let access_log_drops: Arc<Counter> = Arc::default();
-        let of = access_log_drops.clone();
-        health.add(Condition::BoundExhausted, move || {
-            let lost = of.get();
-            (lost > 0).then(|| format!("the access log lost {lost} lines: standard error is read too slowly"))
-        });
-        let of = access_log_drops.clone();
-        collect(&mut registry, move |out| {
-            let help = "Lines that did not fit into the access log's queue";
-            out.counter("access_log_dropped_lines", None, help, [(Sample::NONE, of.get())])
-        });
 
         let mut groups = Groups { registry: &mut registry, limit, overflow: vec![conns.overflow()] };
         let authz = authz::Families::new(limit);
@@ -261,35 +258,13 @@ impl Telemetry {
             ),
             tcp_routes: groups.add("outbound_tcp_route", "outbound_tcp_route"),
             tls_routes: groups.add("outbound_tls_route", "outbound_tls_route"),
-            identity,
-            dns,
-            manifests,
-            terminations,
+            singles,
             cut: AtomicBool::new(false),
-            replays,
-            tls_info,
-            runtime,
-            health,
-            access_log_drops,
             taps: Taps::default(),
             registry: Registry::default(),
             last_size: AtomicUsize::new(0),
         };
-        let overflow = groups.overflow;
-        let of = overflow.clone();
-        inner.health.add(Condition::BoundExhausted, move || {
-            let full: Vec<_> = of.iter().filter(|(_, n)| n.get() > 0).map(|(family, _)| *family).collect();
-            (!full.is_empty()).then(|| format!("metric families at their bound of {limit}: {}", full.join(", ")))
-        });
-        inner.health.add(Condition::BoundExhausted, process::descriptors_low);
-        collect(&mut registry, move |out| {
-            out.counter(
-                "telemetry_series_overflow",
-                None,
-                "Label sets that a full family turned away to series=\"other\"",
-                overflow.iter().map(|(family, n)| (Sample::of("family", family), n.get())),
-            )
-        });
+        watch_overflow(groups.overflow, limit, &inner.singles.health, &mut registry);
         Self(Arc::new(Inner { registry, ..inner }))
     }
 
@@ -408,8 +383,8 @@ impl Telemetry {
     /// Requests that were sent once more, unseen by the application, because the peer provably had not processed them.
     pub fn replays(&self, direction: Direction) -> Arc<Counter> {
         match direction {
-            Direction::Inbound => self.0.replays[0].clone(),
-            Direction::Outbound => self.0.replays[1].clone(),
+            Direction::Inbound => self.0.singles.replays[0].clone(),
+            Direction::Outbound => self.0.singles.replays[1].clone(),
         }
     }
 
@@ -420,17 +395,17 @@ impl Telemetry {
 
     /// The workload certificate.
     pub fn identity(&self) -> Arc<IdentityMetrics> {
-        self.0.identity.clone()
+        self.0.singles.identity.clone()
     }
 
     /// Lookups of control-plane names.
     pub fn dns(&self) -> Arc<DnsMetrics> {
-        self.0.dns.clone()
+        self.0.singles.dns.clone()
     }
 
     /// Manifests of standalone mode.
     pub fn manifests(&self) -> Arc<ManifestMetrics> {
-        self.0.manifests.clone()
+        self.0.singles.manifests.clone()
     }
 
     /// Makes spans of requests, once it is switched on.
@@ -445,7 +420,7 @@ impl Telemetry {
 
     /// A request or connection ended other than it was meant to. Once, where it stops travelling.
     pub fn terminated(&self, direction: Direction, code: Code) {
-        self.0.terminations.count(direction, code);
+        self.0.singles.terminations.count(direction, code);
     }
 
     /// Whoever waited for a request or response went away in this phase, and with it the request. It was counted once, here.
@@ -471,22 +446,22 @@ impl Telemetry {
 
     /// Tells what the TLS library was built with. Later calls change nothing.
     pub fn set_tls_info(&self, info: TlsInfo) {
-        let _ = self.0.tls_info.set(info);
+        let _ = self.0.singles.tls_info.set(info);
     }
 
     /// Tells which runtime serves traffic. Later calls change nothing.
     pub fn set_runtime(&self, runtime: &tokio::runtime::Handle) {
-        let _ = self.0.runtime.set(runtime.metrics());
+        let _ = self.0.singles.runtime.set(runtime.metrics());
     }
 
     /// What an operator should look at.
     pub fn health(&self) -> &Arc<Health> {
-        &self.0.health
+        &self.0.singles.health
     }
 
     /// For [`access::AccessLog::start`]: lines that did not fit into its queue.
     pub fn access_log_drops(&self) -> Arc<Counter> {
-        self.0.access_log_drops.clone()
+        self.0.singles.access_log_drops.clone()
     }
 
     /// Everything as text, older dialect first, ending in `# EOF`. Afterwards drops series that nobody holds and that were
@@ -576,6 +551,23 @@ where
     F: Fn(&mut Encoder<'_, '_>) -> fmt::Result + Send + Sync + 'static,
 {
     registry.register_collector(Box::new(FnCollector(encode)));
+}
+
+/// Families that turn label sets away are a matter of health, and have a counter each.
+fn watch_overflow(overflow: Vec<(&'static str, Arc<Counter>)>, limit: usize, health: &Health, registry: &mut Registry) {
+    let of = overflow.clone();
+    health.add(Condition::BoundExhausted, move || {
+        let full: Vec<_> = of.iter().filter(|(_, n)| n.get() > 0).map(|(family, _)| *family).collect();
+        (!full.is_empty()).then(|| format!("metric families at their bound of {limit}: {}", full.join(", ")))
+    });
+    collect(registry, move |out| {
+        out.counter(
+            "telemetry_series_overflow",
+            None,
+            "Label sets that a full family turned away to series=\"other\"",
+            overflow.iter().map(|(family, n)| (Sample::of("family", family), n.get())),
+        )
+    });
 }
 
 /// `proxy_build_info`. The build hands date and revision over in its environment; a plain `cargo build` has none.

@@ -316,12 +316,14 @@ pub(super) struct Terminations {
     outbound: Box<[Counter]>,
 }
 
-impl Terminations {
-    pub(super) fn new() -> Self {
+impl Default for Terminations {
+    fn default() -> Self {
         let counters = || Code::ALL.iter().map(|_| Counter::default()).collect();
         Self { inbound: counters(), outbound: counters() }
     }
+}
 
+impl Terminations {
     pub(super) fn count(&self, direction: Direction, code: Code) {
         let counters = match direction {
             Direction::Inbound => &self.inbound,
