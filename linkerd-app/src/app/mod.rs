@@ -213,8 +213,6 @@ impl App {
         let draining = watch::tasks(tasks, &telemetry);
 
         wait(&mut ask, &mut signals).await;
-        // Whoever asks again is told that it has been asked.
-        ask.close();
         draining.set(true);
         let started = Instant::now();
         let deadline = started + grace;
@@ -392,9 +390,15 @@ fn tap_server(config: &Config, identity: &Reader, telemetry: &Telemetry) -> Opti
 
 /// Ends when the process is asked to stop, by a signal or on the admin port.
 async fn wait(ask: &mut mpsc::Receiver<()>, signals: &mut mpsc::Receiver<&'static str>) {
-    select! {
-        Some(name) = signals.recv() => tracing::info!("Received {name}; draining"),
-        Some(()) = ask.recv() => {
+    let signal = select! {
+        Some(name) = signals.recv() => Some(name),
+        Some(()) = ask.recv() => None,
+    };
+    // Whoever asks again is told that it has been asked.
+    ask.close();
+    match signal {
+        Some(name) => tracing::info!("Received {name}; draining"),
+        None => {
             tracing::info!("Shutdown requested on the admin port; draining");
             tokio::time::sleep(ANSWER).await;
         }
